@@ -281,8 +281,8 @@ def eagc_weights(
       ...     optax_mtl.EAGCState(jnp.array(0.6)))
       >>> print(jnp.array_str(weight, precision=3))
       [0.    0.336 0.09 ]
-      >>> print(jnp.array_str(state.labelled_energy, precision=3))
-      0.61
+      >>> print(f"{state.labelled_energy:.3f}")
+      0.610
 
     References:
       Zheng et al, `Energy-Aware Gradient Coordination for Generalized Category
