@@ -1,0 +1,452 @@
+"""Solvers of the small problems in one variable per task behind the methods."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def normalize_gram(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Divides a Gram matrix by its trace; an all-zero matrix stays zero.
+
+    Args:
+      gram: inner products of the task gradients, of shape (T, T).
+
+    Returns:
+      The normalised matrix and the trace.
+    """
+    trace = jnp.trace(gram)
+    return gram / _positive(trace), trace
+
+
+def project_simplex(v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    r"""Euclidean projection onto :math:`\{w \ge 0, \sum_i w_i = 1\}`.
+
+    Args:
+      v: the point to project, of shape (T,).
+      mask: entries that may be positive, of shape (T,); all by default.
+
+    Returns:
+      The nearest weights; those outside the mask are zero.
+    """
+    mask = jnp.ones(v.shape, bool) if mask is None else mask
+    # Shifting by the largest entry changes nothing, and keeps small gaps exact.
+    v = jnp.where(mask, v - jnp.max(v, where=mask, initial=-jnp.inf), -jnp.inf)
+    descending = -jnp.sort(-v)
+    count = jnp.arange(1, len(v) + 1, dtype=v.dtype)
+    thresholds = (jnp.cumsum(descending) - 1) / count
+    threshold = jnp.max(jnp.where(descending > thresholds, thresholds, -jnp.inf))
+    return jnp.where(mask, jnp.maximum(v - threshold, 0), 0)
+
+
+def nonnegative_qp(Q: jax.Array, q: jax.Array) -> jax.Array:
+    r"""Solves :math:`\min_{x \ge 0} \tfrac12 x^\top Q x - q^\top x`.
+
+    Args:
+      Q: symmetric positive semi-definite matrix, of shape (T, T). The variable of
+        a zero row is zero.
+      q: linear term, of shape (T,).
+
+    Returns:
+      A minimiser, of shape (T,); large and finite if there is none.
+    """
+    Q, q = _compute(Q, q)
+    return _active_set(Q, q, jnp.zeros_like(q))
+
+
+def simplex_qp(
+    Q: jax.Array, q: jax.Array | None = None, mask: jax.Array | None = None
+) -> jax.Array:
+    r"""Solves :math:`\min_w \tfrac12 w^\top Q w + q^\top w` over the simplex.
+
+    Args:
+      Q: symmetric positive semi-definite matrix, of shape (T, T).
+      q: linear term, of shape (T,); zero by default.
+      mask: entries that may be positive, of shape (T,); all by default.
+
+    Returns:
+      Weights that are not negative and sum to one, of shape (T,).
+    """
+    q = jnp.zeros(len(Q), Q.dtype) if q is None else q
+    Q, q = _compute(Q, q)
+    mask = jnp.ones(q.shape, bool) if mask is None else mask
+    return _active_set(Q, -q, jnp.zeros_like(q), mask, on_simplex=True)
+
+
+def dual_cone(gram: jax.Array, lower: jax.Array) -> jax.Array:
+    r"""Solves :math:`\min_v v^\top M v` subject to :math:`v \ge` ``lower``.
+
+    The combination of the gradients with weights ``v`` is the projection of their
+    combination with weights ``lower`` onto the dual cone of the gradients, the
+    directions that conflict with none of them.
+
+    Args:
+      gram: inner products of the task gradients, of shape (T, T).
+      lower: weights before the projection, of shape (T,).
+
+    Returns:
+      Weights of the projection, of shape (T,).
+    """
+    gram, lower = _compute(gram, lower)
+    return _active_set(gram, jnp.zeros_like(lower), lower)
+
+
+def simplex_cone_program(
+    gram: jax.Array, b: jax.Array, c: jax.typing.ArrayLike
+) -> jax.Array:
+    r"""Solves :math:`\min_w b^\top w + c \sqrt{w^\top M w}` over the simplex.
+
+    Args:
+      gram: symmetric positive semi-definite matrix, of shape (T, T).
+      b: linear term, of shape (T,).
+      c: weight of the norm, not negative.
+
+    Returns:
+      Weights that are not negative and sum to one, of shape (T,).
+    """
+    gram, b = _compute(gram, b)
+    eps = jnp.finfo(gram.dtype).eps
+    unit = _power_of_two(jnp.sqrt(_positive(jnp.trace(gram))))
+    M, b = gram / unit / unit, b / unit
+    c2 = jnp.maximum(jnp.asarray(c, M.dtype) ** 2, eps**4)
+    zero = jnp.zeros_like(b)
+    mask = jnp.ones(b.shape, bool)
+
+    # With s the norm of the solution, w minimises w'Mw / 2 + (s / c) b'w. For a given
+    # z = (s / c)^2, G(z) = w'Mw is linear in z as long as the same weights are
+    # positive, and G(z) / z falls: secants, within brackets, find G(z) = c^2 z.
+    def solve(z, start):
+        w = _active_set(M, -jnp.sqrt(z) * b, zero, mask, start, on_simplex=True)
+        return w, jnp.maximum(w @ _dot(M, w, zero, zero), 0)
+
+    def body(carry):
+        w, z, G, previous_z, previous_G, low, high, _, count = carry
+        fixed_point = G / c2  # Between z and the solution.
+        low = jnp.where(fixed_point >= z, fixed_point, low)
+        high = jnp.where(fixed_point <= z, fixed_point, high)
+        slope = (G - previous_G) / jnp.where(z == previous_z, 1, z - previous_z)
+        secant = (G - slope * z) / jnp.where(c2 == slope, 1, c2 - slope)
+        inside = (secant >= low) & (secant <= high) & (z != previous_z)
+        new_z = jnp.where(inside, secant, fixed_point)
+        new_w, new_G = solve(new_z, w)
+        floor = eps**2 * jnp.sum(new_w**2 * jnp.diagonal(M))
+        going = jnp.abs(new_G - c2 * new_z) > 4 * eps * new_G + floor
+        return new_w, new_z, new_G, z, G, low, high, going, count + 1
+
+    start = jnp.full_like(b, 1 / len(b))
+    z = jnp.sum(M) / len(b) ** 2 / c2
+    w, G = solve(z, start)
+    carry = (w, z, G, z, G, 0 * z, jnp.full_like(z, jnp.inf), jnp.array(True), 0)
+    w, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 40), body, carry)
+    return w
+
+
+def fairness(
+    gram: jax.Array,
+    alpha: jax.typing.ArrayLike,
+    preference: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    r"""Solves :math:`(M a)_i = p_i a_i^{-1/\alpha}` for :math:`a > 0`.
+
+    These are the optimality conditions of alpha-fairness, and for ``alpha=1`` of the
+    Nash bargaining solution.
+
+    Args:
+      gram: inner products of the task gradients, of shape (T, T).
+      alpha: exponent of fairness, in (0, 10] or so.
+      preference: weights of the tasks, of shape (T,); ones by default.
+      mask: tasks that take part, of shape (T,); all by default. A task without a
+        gradient or without a preference never does.
+
+    Returns:
+      The weights, of shape (T,), zero for tasks that take no part. There are none if
+      a convex combination of the gradients vanishes; the weights returned are then
+      large and finite, and their combination is small.
+    """
+    p = jnp.ones(len(gram), gram.dtype) if preference is None else preference
+    M, p = _compute(gram, p)
+    eps = jnp.finfo(M.dtype).eps
+    alpha = jnp.asarray(alpha, M.dtype)
+    unit = _positive(jnp.trace(M))
+    M = M / unit
+    active = (jnp.diagonal(M) > 0) & (p > 0)
+    active = active if mask is None else active & mask
+    both = active[:, None] & active
+    M = jnp.where(both, M, 0)
+    identity = jnp.eye(len(p), dtype=M.dtype)
+
+    # Newton's method on the convex a'Ma / 2 - sum p a^(1 - 1/alpha) / (1 - 1/alpha),
+    # for the relative change of a. Exact at once for orthogonal gradients.
+    def gradient(a):
+        return jnp.where(active, a * (_dot(M, a, 0 * a, 0 * a)), 0)
+
+    def target(a):
+        return jnp.where(active, p * a ** (1 - 1 / alpha), 0)
+
+    def body(carry):
+        a, _, count = carry
+        b = target(a)
+        r = b - gradient(a)
+        H = a[:, None] * M * a + jnp.diag(b / alpha)
+        scale = 1 / jnp.sqrt(jnp.where(active, jnp.diagonal(H), 1))
+        H = jnp.where(both, scale[:, None] * H * scale, identity)
+        L = jnp.linalg.cholesky(H + eps * identity, symmetrize_input=False)
+        change = scale * jax.scipy.linalg.cho_solve((L, True), scale * r)
+        decrement = r @ change
+
+        # Halve the step until the slope along it is no longer steeply upwards.
+        def overshoots(step):
+            new = a * (1 + step * change)
+            slope = ((gradient(new) - target(new)) / new * a) @ change
+            return (slope > decrement / 2) & (step > 1e-4)
+
+        shrink = jnp.max(-change)
+        step = jnp.where(shrink > 0.99, 0.99 / shrink, 1)
+        step = lax.while_loop(overshoots, lambda t: t / 2, step)
+        tolerance = 64 * eps**2 * (1 + alpha) * jnp.sum(b)
+        new = a * (1 + step * change)
+        going = (decrement > tolerance) & jnp.all(new < a0 / eps)
+        return new, going, count + 1
+
+    ratio = jnp.where(active, p / _positive(jnp.diagonal(M)), 1)
+    a0 = ratio ** (alpha / (1 + alpha))
+    a, *_ = lax.while_loop(lambda c: c[1] & (c[2] < 60), body, (a0, jnp.array(True), 0))
+    a = jnp.where(active, a * unit ** (-alpha / (1 + alpha)), 0)
+    return jnp.where(jnp.all(jnp.isfinite(gram)), a, jnp.nan)
+
+
+def pinv(gram: jax.Array) -> jax.Array:
+    """Pseudo-inverse of a symmetric positive semi-definite matrix.
+
+    Eigenvalues below ``T * eps`` times the largest count as zero.
+
+    Args:
+      gram: the matrix, of shape (T, T).
+
+    Returns:
+      Its pseudo-inverse, of shape (T, T).
+    """
+    (gram,) = _compute(gram)
+    values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+    kept = values > len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    return jnp.matmul(vectors * inverse, vectors.T, precision="highest")
+
+
+def project_simplex_residual(
+    v: jax.Array, w: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Violation of the optimality conditions of :func:`project_simplex`."""
+    return simplex_qp_residual(jnp.eye(len(v), dtype=v.dtype), w, -v, mask)
+
+
+def nonnegative_qp_residual(Q: jax.Array, q: jax.Array, x: jax.Array) -> jax.Array:
+    """Violation of the optimality conditions of :func:`nonnegative_qp`."""
+    return _bound_residual(Q, q, x, jnp.zeros_like(x))
+
+
+def dual_cone_residual(gram: jax.Array, lower: jax.Array, v: jax.Array) -> jax.Array:
+    """Violation of the optimality conditions of :func:`dual_cone`."""
+    return _bound_residual(gram, jnp.zeros_like(v), v, lower)
+
+
+def _bound_residual(Q, q, x, lower):
+    """Largest violation, in units of diag(Q) and of the terms in each condition."""
+    root = jnp.sqrt(_positive(jnp.diagonal(Q)))
+    gradient = _dot(Q, x, 0 * x, -q)
+    size = jnp.max((jnp.abs(Q) @ jnp.abs(x) + jnp.abs(q)) / root)
+    violation = jnp.minimum((x - lower) * root, gradient / root)
+    violation = jnp.where(jnp.diagonal(Q) > 0, violation, 0)
+    return jnp.max(jnp.abs(violation)) / _positive(size)
+
+
+def simplex_qp_residual(
+    Q: jax.Array,
+    w: jax.Array,
+    q: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Violation of the optimality conditions of :func:`simplex_qp`."""
+    q = jnp.zeros_like(w) if q is None else q
+    mask = jnp.ones(w.shape, bool) if mask is None else mask
+    gradient = _dot(Q, w, 0 * w, q)
+    gap = w @ gradient - jnp.min(gradient, where=mask, initial=jnp.inf)
+    size = w @ (jnp.abs(Q) @ w + jnp.abs(q))
+    outside = jnp.sum(jnp.abs(jnp.where(mask, jnp.minimum(w, 0), w)))
+    return jnp.abs(gap) / _positive(size) + jnp.abs(jnp.sum(w) - 1) + outside
+
+
+def simplex_cone_program_residual(
+    gram: jax.Array, b: jax.Array, c: jax.typing.ArrayLike, w: jax.Array
+) -> jax.Array:
+    """Violation of the optimality conditions of :func:`simplex_cone_program`."""
+    norm = jnp.sqrt(jnp.maximum(w @ _dot(gram, w, 0 * w, 0 * w), 0))
+    return simplex_qp_residual(c * gram, w, norm * b)
+
+
+def fairness_residual(
+    gram: jax.Array,
+    alpha: jax.typing.ArrayLike,
+    a: jax.Array,
+    preference: jax.Array | None = None,
+) -> jax.Array:
+    """Violation of the equations of :func:`fairness`, by the tasks that take part."""
+    p = jnp.ones_like(a) if preference is None else preference
+    target = jnp.where(a > 0, p * jnp.where(a > 0, a, 1) ** (-1 / alpha), 0)
+    size = jnp.abs(gram) @ a + target
+    violation = jnp.abs(_dot(gram, a, 0 * a, -target))
+    return jnp.max(jnp.where(a > 0, violation / _positive(size), 0))
+
+
+def pinv_residual(gram: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Violation of the Penrose equations by a symmetric :func:`pinv`."""
+    multiply = functools.partial(jnp.matmul, precision="highest")
+    product = multiply(gram, inverse)
+    first = jnp.linalg.norm(multiply(product, gram) - gram)
+    second = jnp.linalg.norm(multiply(inverse, product) - inverse)
+    return jnp.maximum(
+        first / _positive(jnp.linalg.norm(gram)),
+        second / _positive(jnp.linalg.norm(inverse)),
+    )
+
+
+def _positive(x):
+    """Replaces zeros by ones, for divisions where the numerator is zero, too."""
+    return jnp.where(x == 0, 1, x)
+
+
+def _compute(*arrays):
+    """Casts to the common dtype, float32 at least."""
+    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    return tuple(jnp.asarray(a, dtype) for a in arrays)
+
+
+def _two_sum(a, b):
+    """Sum of two numbers and its rounding error."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def _dot(Q, x_high, x_low, start):
+    """Computes ``start + Q @ (x_high + x_low)`` to about 3/2 the working precision.
+
+    Halves of the numbers have products without rounding errors, which are summed in
+    pairs. Where gradients nearly cancel, the working precision is not enough.
+    """
+    info = jnp.finfo(Q.dtype)
+    halve = lambda a: lax.reduce_precision(a, info.nexp, info.nmant // 2)
+    Q1, x1 = halve(Q), halve(x_high)
+    Q2, x2 = Q - Q1, x_high - x1
+
+    def add(a, b):
+        s, error = _two_sum(a[0], b[0])
+        return s, error + a[1] + b[1]
+
+    zero = jnp.zeros((), Q.dtype)
+    pairs = (Q1 * x1, Q1 * x2 + Q2 * x1 + Q2 * x2 + Q * x_low)
+    high, low = lax.reduce(pairs, (zero, zero), add, (Q.ndim - 1,))
+    high, error = _two_sum(high, start)
+    return high + (low + error)
+
+
+def _power_of_two(x):
+    """The power of two next to x > 0: scaling by it is free of rounding errors."""
+    _, exponent = jnp.frexp(x)
+    return jnp.ldexp(jnp.ones_like(x), exponent)
+
+
+@functools.partial(jax.jit, static_argnames="on_simplex")
+def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
+    """Minimises x'Qx/2 - q'x over x >= lower, and sum(x) = 1 if on_simplex.
+
+    A primal active-set method (Lawson and Hanson's): x moves to the minimiser over
+    the free variables, until one of them meets its bound and is freed no more; in a
+    minimiser, the variable with the steepest descent is freed. Each move is computed
+    from an accurate residual, which makes moves on the same face a refinement, and a
+    small regularization of the factorised matrix harmless.
+    """
+    eps = jnp.finfo(Q.dtype).eps
+    size = len(q)
+    diagonal = jnp.diagonal(Q)
+    allowed = jnp.ones(q.shape, bool) if mask is None else mask
+    if not on_simplex:
+        allowed = allowed & (diagonal > 0)
+    # Unknowns scaled to a diagonal near one; a = 1 in the scaled unknowns.
+    spread = jnp.max(jnp.abs(q - jnp.mean(q, where=allowed)), where=allowed, initial=0)
+    floor = eps * spread if on_simplex else 0
+    level = jnp.maximum(diagonal, floor)
+    scale = 1 / _power_of_two(jnp.sqrt(jnp.where(level > 0, level, 1)))
+    Q = Q * scale[:, None] * scale
+    q = q * scale
+    lower = lower / scale
+    a = scale
+    if start is not None:
+        start = start / scale
+    elif not on_simplex:
+        start = lower
+    else:
+        values = jnp.where(allowed, jnp.diagonal(Q) / (2 * a * a) - q / a, jnp.inf)
+        best = jnp.arange(size) == jnp.argmin(values)
+        start = jnp.where(best, 1 / a, 0)
+    normal = a / jnp.max(a, where=allowed, initial=0)  # Adds a multiple of (a'x-1)^2.
+    K = Q + normal[:, None] * normal if on_simplex else Q
+    K = K + (4 * eps * size) * jnp.eye(size, dtype=Q.dtype)
+
+    def solve(free, b):
+        both = free[:, None] & free
+        L = jnp.linalg.cholesky(
+            jnp.where(both, K, jnp.eye(size, dtype=K.dtype)), symmetrize_input=False
+        )
+        b = jnp.where(free[:, None], b, 0)
+        b = lax.linalg.triangular_solve(L, b, left_side=True, lower=True)
+        return lax.linalg.triangular_solve(
+            L, b, left_side=True, lower=True, transpose_a=True
+        )
+
+    def body(carry):
+        x, x_low, free, full_step, _, count = carry
+        r = -_dot(Q, x, x_low, -q)
+        Qx = q - r
+        reduced = r
+        if on_simplex:
+            reduced = r - a * jnp.sum(r * x)
+        # Free the variable of steepest descent, if this is a minimiser of the face.
+        on_face = jnp.max(jnp.abs(reduced), where=free, initial=0)
+        noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
+        steepest = jnp.where(allowed & ~free, reduced, 0)
+        entering = jnp.argmax(steepest)
+        enters = full_step & (steepest[entering] > 4 * on_face + noise)
+        free = free | (enters & (jnp.arange(size) == entering))
+        # The move to the minimiser over the free variables.
+        if on_simplex:
+            gap = 1 - _dot(a[None], x, x_low, jnp.zeros((1,), Q.dtype))[0]
+            y = solve(free, jnp.stack([reduced, a], 1))
+            move = y[:, 0] + (gap - a @ y[:, 0]) / (a @ y[:, 1]) * y[:, 1]
+        else:
+            move = solve(free, reduced[:, None])[:, 0]
+        move = jnp.where(free, move, 0)
+        decrement = jnp.sum(move * reduced)
+        room = jnp.maximum(x - lower, 0)
+        blocking = free & (room + move < 0)
+        ratio = jnp.where(blocking, room / jnp.where(blocking, -move, 1), jnp.inf)
+        step = jnp.minimum(jnp.min(ratio), 1)
+        blocked = blocking & (ratio <= step)
+        new, error = _two_sum(x, step * move)
+        new, new_low = _two_sum(new, error + x_low)
+        new = jnp.where(blocked, lower, new)
+        new_low = jnp.where(blocked, 0, new_low)
+        full_step = ~jnp.any(blocked)
+        norm2 = jnp.sum(x * Qx)
+        big = (4 * eps) ** 2 * norm2 + eps**3 * jnp.sum(x * x)
+        going = enters | ~full_step | (decrement > big)
+        return new, new_low, free & ~blocked, full_step, going, count + 1
+
+    free = allowed & (start > lower)
+    carry = (start, 0 * start, free, jnp.array(True), jnp.array(True), 0)
+    x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 4 * size + 20), body, carry)
+    x = jnp.maximum(x, lower) * scale
+    finite = jnp.all(jnp.isfinite(Q)) & jnp.all(jnp.isfinite(q))
+    return jnp.where(finite, x, jnp.nan)
