@@ -1,0 +1,25 @@
+"""Multi-task gradient-conflict resolution as pure Optax transformations."""
+
+from optax_mtl import solvers as solvers
+from optax_mtl import weights as weights
+from optax_mtl.base import from_gram as from_gram
+from optax_mtl.base import from_losses as from_losses
+from optax_mtl.base import from_state as from_state
+from optax_mtl.catalog import METHODS as METHODS
+from optax_mtl.catalog import Entry as Entry
+from optax_mtl.catalog import get as get
+from optax_mtl.gradients import value_and_task_grads as value_and_task_grads
+from optax_mtl.methods.cagrad import cagrad as cagrad
+from optax_mtl.methods.dwa import dwa as dwa
+from optax_mtl.methods.linear import linear as linear
+from optax_mtl.methods.linear import mean as mean
+from optax_mtl.methods.pcgrad import pcgrad as pcgrad
+from optax_mtl.tasks import Conflicts as Conflicts
+from optax_mtl.tasks import GramView as GramView
+from optax_mtl.tasks import combine as combine
+from optax_mtl.tasks import conflicts as conflicts
+from optax_mtl.tasks import cosine_similarity as cosine_similarity
+from optax_mtl.tasks import gram as gram
+from optax_mtl.wrappers import per_task as per_task
+
+__version__ = "0.1.0"

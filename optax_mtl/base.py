@@ -1,0 +1,201 @@
+"""The contract of a method, and the plumbing that every method shares.
+
+A method is an :class:`optax.GradientTransformationExtraArgs` that consumes the
+task axis. Its ``update`` receives *stacked* updates (the structure of the
+parameters, every leaf with one leading axis of size T, the number of tasks) and
+returns updates with the shapes of the parameters, so it comes first in
+:func:`optax.chain`. Every method
+
+* accepts the extra argument ``losses``, whether or not it reads it;
+* measures in float32 or better and returns the dtypes of the gradients;
+* treats a task whose gradient is exactly zero as absent: the other tasks get
+  what they would get without it, and its own statistics stay as they are;
+* returns non-finite updates for non-finite gradients and then leaves its state
+  as it was, so that :func:`optax.apply_if_finite` may skip the step;
+* raises at trace time for updates that are not stacked gradients.
+
+Most methods are a pure function from the Gram matrix, the losses and a small
+state to the weights of the tasks; the functions below make a transformation out
+of such a function. The others traverse the gradients with ``jax.tree.map``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_mtl import tasks
+
+
+def from_gram(
+    weights_fn: Callable[[jax.Array], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method out of weights that depend on the Gram matrix alone.
+
+    Args:
+      weights_fn: maps the Gram matrix, shape ``(T, T)``, to weights, ``(T,)``.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> unit_sum = optax_mtl.from_gram(lambda gram: jnp.diagonal(gram) ** -0.5)
+      >>> updates = jnp.array([[3.0, 4], [0, 2]])
+      >>> update, _ = unit_sum.update(updates, unit_sum.init(None))
+      >>> print(jnp.array_str(update, precision=3))
+      [0.6 1.8]
+    """
+    return from_state(
+        optax.EmptyState, lambda state, gram: (weights_fn(gram), state), reads=["gram"]
+    )
+
+
+def from_losses(
+    weights_fn: Callable[[jax.Array], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method out of weights that depend on the losses alone.
+
+    Args:
+      weights_fn: maps the losses, shape ``(T,)``, to weights, ``(T,)``.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and needs the
+      extra argument ``losses``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> inverse = optax_mtl.from_losses(lambda losses: 1 / losses)
+      >>> updates, losses = jnp.array([[3.0, 4], [0, 2]]), jnp.array([2.0, 1])
+      >>> print(inverse.update(updates, inverse.init(None), losses=losses)[0])
+      [1.5 4. ]
+    """
+    return from_state(
+        optax.EmptyState,
+        lambda state, losses: (weights_fn(losses), state),
+        reads=["losses"],
+    )
+
+
+def from_state(
+    init_fn: Callable[[], Any],
+    step: Callable[..., tuple[jax.Array, Any]],
+    num_tasks: int | None = None,
+    *,
+    reads: Sequence[str],
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method out of weights that depend on a small state as well.
+
+    Args:
+      init_fn: returns the initial state, a tree of arrays.
+      step: maps the state and, by keyword, what the method reads to the weights,
+        shape ``(T,)``, and the next state.
+      num_tasks: T, if the shapes in the state depend on it.
+      reads: what ``step`` reads: any of ``"gram"`` (shape ``(T, T)``) and
+        ``"losses"`` (shape ``(T,)``); with neither, the number of tasks is
+        passed as ``count``.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates. Where what it
+      read is not finite, the weights are NaN and the state stays as it was.
+    """
+
+    def init(params):
+        del params
+        return init_fn()
+
+    def update(updates, state, params=None, *, losses=None, **extra_args):
+        del extra_args
+        count = tasks.check_stacked(updates, params, num_tasks, gram_suffices=True)
+        if count is None:
+            return updates, state
+        measured: dict[str, Any] = {}
+        if "gram" in reads:
+            measured["gram"] = tasks.gram(updates)
+        if "losses" in reads:
+            measured["losses"] = tasks.stack_losses(losses, count)
+        finite = all_finite(measured)
+        weights, new_state = step(state, **(measured or {"count": count}))
+        weights = jnp.where(finite, weights, jnp.nan)
+        new_state = keep_if(jnp.all(jnp.isfinite(weights)), new_state, state)
+        return tasks.combine(weights, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all entries of all arrays are finite, a scalar."""
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.array(finite)) if finite else jnp.array(True)
+
+
+def keep_if(condition: jax.Array, new_state: Any, old_state: Any) -> Any:
+    """The new state where the condition holds, else the old; dtypes of the old."""
+
+    def choose(new, old):
+        if jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key):
+            return jnp.where(condition, new, old)
+        return jnp.where(condition, jnp.asarray(new).astype(old.dtype), old)
+
+    return jax.tree.map(choose, new_state, old_state)
+
+
+def make_key(key: int | jax.Array) -> jax.Array:
+    """A random key in a buffer of its own, from a seed or a typed key."""
+    return jax.random.key(key) if isinstance(key, int) else jax.random.clone(key)
+
+
+def check_preference(preference: jax.typing.ArrayLike | None) -> jax.Array | None:
+    """Validates a preference over the tasks: at least 0, not all 0.
+
+    Raises:
+      ValueError: for a negative entry, more than one axis, or zeros only.
+    """
+    if preference is None:
+        return None
+    if not isinstance(preference, jax.core.Tracer):
+        values = np.asarray(preference)
+        if values.ndim > 1 or not np.all(values >= 0) or not np.any(values):
+            raise ValueError(
+                f"preference {values} should hold one number of at least 0 for each"
+                " task, not all of them 0"
+            )
+    return jnp.asarray(preference, dtype=jnp.result_type(float))
+
+
+def broadcast_preference(preference: jax.Array, num_tasks: int) -> jax.Array:
+    """The preference as an array of shape ``(T,)``.
+
+    Raises:
+      ValueError: for a number of entries other than T.
+    """
+    if preference.ndim and len(preference) != num_tasks:
+        raise ValueError(
+            f"the preference has {len(preference)} entries, but there are"
+            f" {num_tasks} tasks; give one entry for each task"
+        )
+    return jnp.broadcast_to(preference, num_tasks)
+
+
+def preference_among_present(
+    preference: jax.Array | None, gram: jax.Array, default_total: float | None = None
+) -> jax.Array:
+    """The preference, zero for absent tasks, shape ``(T,)`` in the dtype of gram.
+
+    Args:
+      preference: as :func:`check_preference` returns it; ``None`` prefers none.
+      gram: Gram matrix of the task gradients, shape ``(T, T)``.
+      default_total: what the entries sum to without a preference, such as 1 for
+        an average over the tasks that are present; ``None`` makes each entry 1.
+    """
+    exists = tasks.present(gram).astype(gram.dtype)
+    if preference is not None:
+        return exists * broadcast_preference(preference, len(gram)).astype(gram.dtype)
+    if default_total is None:
+        return exists
+    return exists * (default_total / jnp.maximum(exists.sum(), 1))

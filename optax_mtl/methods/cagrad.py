@@ -1,0 +1,95 @@
+"""Conflict-averse gradient descent."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, solvers, tasks
+
+
+def cagrad(
+    c: jax.typing.ArrayLike = 0.4,
+    *,
+    preference: jax.typing.ArrayLike | None = None,
+    rescale: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Conflict-averse gradient descent (CAGrad).
+
+    Looks for the direction that helps the worst-off task most, within a ball
+    around the average gradient :math:`g_0`:
+
+    .. math::
+
+      \max_d \; \min_i \langle g_i, d \rangle
+      \quad \text{subject to} \quad \|d - g_0\| \le c \, \|g_0\|.
+
+    With ``c=0`` this is the average gradient; as ``c`` grows, the direction
+    approaches that of :func:`~optax_mtl.mgda`. If ``c >= 1`` no task gets worse,
+    to first order, since :math:`d = 0` is then within the ball.
+
+    Args:
+      c: radius of the ball, relative to the norm of the average gradient.
+      preference: weights of the average :math:`g_0`, shape ``(T,)``; by default
+        ``1 / T`` for each task that is present.
+      rescale: whether to divide the update by :math:`1 + c^2`, as the authors'
+        code does and the paper does not.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      ValueError: for a negative preference, or one of another length than T.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> method = optax_mtl.cagrad(c=0.5, rescale=False)
+      >>> update, _ = method.update(updates, method.init(jnp.zeros(3)))
+      >>> print(jnp.array_str(update, precision=3))
+      [0.184 1.204 1.204]
+
+    References:
+      Liu et al, `Conflict-Averse Gradient Descent for Multi-task Learning
+      <https://arxiv.org/abs/2110.14048>`_, NeurIPS 2021
+
+    .. note::
+      The authors' code further multiplies by T, to match the sum of the losses;
+      chain with :func:`optax.scale` to do so.
+    """
+    preference = base.check_preference(preference)
+
+    def weights_fn(gram):
+        average = base.preference_among_present(preference, gram, default_total=1.0)
+        weights = cagrad_weights(gram, c, average)
+        return weights / (1 + c**2) if rescale else weights
+
+    return base.from_gram(weights_fn)
+
+
+def cagrad_weights(
+    gram: jax.Array, c: jax.typing.ArrayLike, average: jax.Array
+) -> jax.Array:
+    """Weights of :func:`cagrad` without the rescaling.
+
+    Args:
+      gram: Gram matrix of the task gradients, shape ``(T, T)``.
+      c: radius of the ball, relative to the norm of the average gradient.
+      average: weights of the average gradient, shape ``(T,)``, 0 for tasks that
+        are absent.
+
+    Returns:
+      Array of shape ``(T,)``.
+    """
+    gram, _ = solvers.normalize_gram(gram)  # The weights do not depend on scale.
+    radius = c * jnp.sqrt(jnp.maximum(average @ gram @ average, 0))
+    # The dual: the hull of the task gradients in place of the direction. Entries of
+    # the normalised matrix are at most 1, so 2 keeps a task without gradient out.
+    dots = jnp.where(tasks.present(gram), gram @ average, 2)
+    hull = solvers.simplex_cone_program(gram, dots, radius)
+    norm_squared = hull @ gram @ hull
+    # A hull that contains the origin has nothing to add (Pareto stationary).
+    nothing = norm_squared <= len(gram) * jnp.finfo(gram.dtype).eps
+    return average + jnp.where(
+        nothing, 0, radius / jnp.sqrt(jnp.where(nothing, 1, norm_squared)) * hull
+    )

@@ -1,0 +1,84 @@
+"""Dynamic weight average."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base
+
+
+class DWAState(NamedTuple):
+    """State of :func:`dwa`."""
+
+    count: jax.Array  # Of the losses seen by each task, shape `(T,)`.
+    history: jax.Array  # Losses of the last `2 * window` steps, `(2 * window, T)`.
+
+
+def dwa(
+    num_tasks: int, *, temperature: jax.typing.ArrayLike = 2.0, window: int = 25
+) -> optax.GradientTransformationExtraArgs:
+    r"""Dynamic weight average (DWA): more weight for losses that fall slowly.
+
+    .. math::
+
+      w = T \operatorname{softmax}(r / \tau), \quad
+      r_i = \frac{\bar{L}_i(t - 1)}{\bar{L}_i(t - 2)},
+
+    where :math:`\bar{L}_i(t - 1)` and :math:`\bar{L}_i(t - 2)` are the averages of
+    the loss over the last ``window`` steps and over the ``window`` steps before
+    them. Until a task has been seen in ``2 * window`` steps its ratio is 1.
+
+    Args:
+      num_tasks: number of tasks, T.
+      temperature: :math:`\tau`; a large one makes the weights equal.
+      window: number of steps in an average. The paper compares epochs: give the
+        number of steps in one.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
+      means an absent task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.dwa(num_tasks=2, window=1)
+      >>> updates, state = jnp.eye(2), method.init(jnp.zeros(2))
+      >>> for losses in jnp.array([[2.0, 1.0], [1.0, 1.0], [1.0, 1.0]]):
+      ...   update, state = method.update(updates, state, losses=losses)
+      >>> print(jnp.array_str(update, precision=3))
+      [0.876 1.124]
+
+    References:
+      Liu et al, `End-To-End Multi-Task Learning With Attention
+      <https://arxiv.org/abs/1803.10704>`_, CVPR 2019
+    """
+
+    def init_fn():
+        return DWAState(
+            count=jnp.zeros(num_tasks, jnp.int32),
+            history=jnp.ones((2 * window, num_tasks), jnp.float32),
+        )
+
+    def step(state, losses):
+        recent, older = jnp.split(state.history, 2)
+        known = state.count >= 2 * window
+        rates = jnp.where(known, recent.sum(axis=0) / older.sum(axis=0), 1.0)
+        exists = losses != 0
+        weights = dwa_weights(jnp.where(exists, rates, -jnp.inf), temperature)
+        history = jnp.concatenate([losses[None], state.history[:-1]])
+        return weights, DWAState(
+            count=jnp.where(exists, optax.safe_increment(state.count), state.count),
+            history=jnp.where(exists, history, state.history),
+        )
+
+    return base.from_state(init_fn, step, num_tasks, reads=["losses"])
+
+
+def dwa_weights(rates: jax.Array, temperature: jax.typing.ArrayLike = 2.0) -> jax.Array:
+    """Weights of :func:`dwa` from the rates of change of the losses, ``(T,)``."""
+    exists = jnp.isfinite(rates)
+    softmax = jax.nn.softmax(rates / temperature, where=exists)
+    return exists.sum() * jnp.where(exists, softmax, 0)

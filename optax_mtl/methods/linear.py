@@ -1,0 +1,79 @@
+"""Linear scalarization: fixed weights, by default the plain sum."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base
+
+
+def linear(
+    weights: jax.typing.ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Weighted sum of the task gradients with fixed weights.
+
+    .. math::
+
+      d = \sum_i w_i g_i
+
+    With the default weights this is the gradient of the sum of the losses: the
+    yardstick that every other method has to beat.
+
+    Args:
+      weights: one weight for all tasks or array of shape ``(T,)``, at least 0.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      ValueError: for negative weights, or a number of weights other than T.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = jnp.array([[-4.0, 1, 1], [6, 1, 1]])
+      >>> method = optax_mtl.linear()
+      >>> print(method.update(updates, method.init(jnp.zeros(3)))[0])
+      [2. 2. 2.]
+
+    References:
+      Kurin et al, `In Defense of the Unitary Scalarization for Deep Multi-Task
+      Learning <https://arxiv.org/abs/2201.04122>`_, NeurIPS 2022
+    """
+    preference = base.check_preference(weights)
+    return base.from_state(
+        optax.EmptyState,
+        lambda state, count: (base.broadcast_preference(preference, count), state),
+        reads=[],
+    )
+
+
+def mean() -> optax.GradientTransformationExtraArgs:
+    r"""Average of the task gradients.
+
+    .. math::
+
+      d = \frac{1}{T} \sum_i g_i
+
+    T counts all tasks, absent ones too, so that this is the sum times a constant.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = jnp.array([[-4.0, 1, 1], [6, 1, 1]])
+      >>> method = optax_mtl.mean()
+      >>> print(method.update(updates, method.init(jnp.zeros(3)))[0])
+      [1. 1. 1.]
+
+    References:
+      Kurin et al, `In Defense of the Unitary Scalarization for Deep Multi-Task
+      Learning <https://arxiv.org/abs/2201.04122>`_, NeurIPS 2022
+    """
+    return base.from_state(
+        optax.EmptyState,
+        lambda state, count: (jnp.full(count, 1 / count, jnp.float32), state),
+        reads=[],
+    )

@@ -1,0 +1,338 @@
+"""Measure and combine the gradients of several tasks."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+_BLOCK_ELEMENTS = 2**18  # One megabyte of float32: fits the cache of a CPU core.
+
+
+class GramView:
+    """Task gradients that are known only through their Gram matrix.
+
+    Stands for stacked updates wherever a method reads nothing but inner
+    products: :func:`gram` returns the matrix, :func:`combine` returns the
+    weights. Anything else is an error, since there are no gradients in it.
+
+    Args:
+      num_tasks: number of tasks, T.
+      compute: returns the Gram matrix, shape ``(T, T)``. Called when a method
+        asks for the matrix, and not at all by one that does not.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> view = optax_mtl.GramView(2, lambda: jnp.array([[18.0, -22], [-22, 38]]))
+      >>> method = optax_mtl.mgda()
+      >>> weights, _ = method.update(view, method.init(None))
+      >>> print(jnp.array_str(weights, precision=3))
+      [0.6 0.4]
+    """
+
+    def __init__(self, num_tasks: int, compute: Callable[[], jax.Array]):
+        self.num_tasks = num_tasks
+        self.compute = compute
+
+    def _refuse(self) -> NoReturn:
+        raise TypeError(
+            "this method reads the task gradients themselves, but only their Gram"
+            " matrix is known here; obtain them with"
+            " optax_mtl.value_and_task_grads, or choose a method whose row in"
+            " optax_mtl.METHODS reads 'gram' or 'losses'"
+        )
+
+    def __jax_array__(self) -> NoReturn:
+        self._refuse()
+
+    def __iter__(self) -> NoReturn:
+        self._refuse()
+
+
+def check_stacked(
+    updates: optax.Updates,
+    params: optax.Params | None = None,
+    num_tasks: int | None = None,
+    *,
+    gram_suffices: bool = False,
+) -> int | None:
+    """Validates stacked task gradients at trace time and counts the tasks.
+
+    Args:
+      updates: tree whose leaves have shape ``(T, *p)``.
+      params: parameters, leaves of shape ``p``; ``None`` skips that comparison.
+      num_tasks: the T that the method was made for, if it has state.
+      gram_suffices: whether a :class:`GramView` will do.
+
+    Returns:
+      T; ``None`` for a group of :func:`optax.partition` that holds no leaf.
+
+    Raises:
+      TypeError: for a :class:`GramView` where gradients are read, and for
+        leaves that are not floating point.
+      ValueError: for leaves without a task axis, with different task axes or
+        with shapes other than ``(T, *p)``, for an empty tree, and if T is not
+        ``num_tasks``.
+    """
+    if isinstance(updates, GramView):
+        if not gram_suffices:
+            updates._refuse()
+        found = updates.num_tasks
+    else:
+        found = _count_tasks(updates, params)
+    if num_tasks is not None and found not in (None, num_tasks):
+        raise ValueError(
+            f"the method was made for num_tasks={num_tasks}, but the updates hold"
+            f" the gradients of {found} tasks; make it with num_tasks={found}"
+        )
+    return found
+
+
+def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | None:
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    if not leaves:
+        is_masked = lambda x: isinstance(x, optax.MaskedNode)
+        if jax.tree.leaves(updates, is_leaf=is_masked):
+            return None
+        raise ValueError(
+            "the tree of task gradients has no array leaves; with Flax NNX, pass an"
+            " nnx.State of gradients (a plain dict is filtered to nothing)"
+        )
+    (first_path, first), *_ = leaves
+    shape_of = lambda path, x: f"updates{jax.tree_util.keystr(path)} {jnp.shape(x)}"
+    for path, leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"{shape_of(path, leaf)} has dtype {jnp.result_type(leaf)}: gradients"
+                " are floating point; differentiate with respect to floating-point"
+                " parameters only"
+            )
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != jnp.shape(first)[0]:
+            raise ValueError(
+                f"every leaf needs the same leading task axis, but"
+                f" {shape_of(path, leaf)} and {shape_of(first_path, first)} differ or"
+                " have none; stack the gradients of the tasks, for example with"
+                " optax_mtl.value_and_task_grads (heads that are not stacked are"
+                " routed around the method by optax.partition)"
+            )
+    if params is not None:
+        jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
+    return jnp.shape(first)[0]
+
+
+def _check_leaf(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> None:
+    if jnp.shape(update)[1:] != jnp.shape(param):
+        raise ValueError(
+            f"updates{jax.tree_util.keystr(path)} has shape {jnp.shape(update)}, but"
+            f" the parameter has shape {jnp.shape(param)}: expected the gradients of"
+            f" T tasks, (T, *{jnp.shape(param)}), for example from"
+            " optax_mtl.value_and_task_grads; the method comes first in optax.chain"
+        )
+
+
+def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
+    """Returns the losses of the tasks as one vector of shape ``(num_tasks,)``.
+
+    Args:
+      losses: vector, or tree (such as a dict) of scalars in the order of its
+        leaves, sorted by key.
+      num_tasks: the length expected; ``None`` accepts any.
+
+    Returns:
+      The losses, in float32 or better.
+
+    Raises:
+      TypeError: if ``losses`` is ``None``.
+      ValueError: if the shape is another.
+    """
+    if losses is None:
+        raise TypeError(
+            "this method reads the losses of the tasks: call update(updates, state,"
+            " params, losses=losses), with Flax NNX optimizer.update(model, grads,"
+            " losses=losses)"
+        )
+    leaves = jax.tree.leaves(losses)
+    vector = leaves[0] if len(leaves) == 1 and jnp.ndim(leaves[0]) else leaves
+    vector = jnp.asarray(vector)
+    if vector.ndim != 1 or num_tasks not in (None, len(vector)):
+        raise ValueError(
+            f"losses have shape {vector.shape}, expected one scalar for each of the"
+            f" {num_tasks} tasks, as a vector ({num_tasks},) or a dict of scalars"
+        )
+    return vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
+
+
+def gram(updates: optax.Updates) -> jax.Array:
+    r"""Gram matrix of the task gradients, in one pass over them.
+
+    .. math::
+
+      G_{ij} = \langle g_i, g_j \rangle
+
+    Args:
+      updates: stacked gradients, leaves of shape ``(T, *p)``; or a
+        :class:`GramView`.
+
+    Returns:
+      Array of shape ``(T, T)``, accumulated at full precision in float32 (in
+      float64 for float64 gradients) whatever the dtypes of the leaves.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> print(optax_mtl.gram(jnp.array([[-4.0, 1, 1], [6, 1, 1]])))
+      [[ 18. -22.]
+       [-22.  38.]]
+    """
+    if isinstance(updates, GramView):
+        return updates.compute()
+    check_stacked(updates)
+    return sum(_gram_leaf(x) for x in jax.tree.leaves(updates))
+
+
+def _gram_leaf(x: jax.Array) -> jax.Array:
+    mesh = jax.typeof(x).sharding.mesh
+    # XLA's CPU contraction over a huge axis runs from memory; blocks run from cache.
+    one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if mesh.empty and one_cpu and x.size > 2 * _BLOCK_ELEMENTS:
+        return _gram_in_blocks(x.reshape(len(x), -1), _BLOCK_ELEMENTS // len(x))
+    kwargs = {}
+    if AxisType.Explicit in mesh.axis_types:
+        kwargs["out_sharding"] = NamedSharding(mesh, PartitionSpec(None, None))
+    axes = tuple(range(1, x.ndim))
+    # Contracting all trailing axes as they are keeps a sharded leaf sharded.
+    out = jax.lax.dot_general(
+        x,
+        x.conj(),
+        ((axes, axes), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        **kwargs,
+    )
+    return out.real
+
+
+def _gram_in_blocks(x: jax.Array, size: int) -> jax.Array:
+    """Gram matrix of a matrix ``(T, P)``, ``size`` columns at a time."""
+    size = max(size, 1)
+    full = x.shape[1] // size
+    add = lambda i, total: (
+        total + _gram_leaf(jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1))
+    )
+    total = jax.lax.fori_loop(1, full, add, _gram_leaf(x[:, :size]))
+    return total + _gram_leaf(x[:, full * size :])
+
+
+def combine(weights: jax.Array, updates: optax.Updates) -> optax.Updates:
+    r"""Weighted sum of the task gradients, in one pass over them.
+
+    .. math::
+
+      d = \sum_i w_i g_i
+
+    Args:
+      weights: array of shape ``(T,)``.
+      updates: stacked gradients, leaves of shape ``(T, *p)``; or a
+        :class:`GramView`.
+
+    Returns:
+      Tree with leaves of shape ``p`` and the dtypes of the gradients; the
+      weights themselves for a :class:`GramView`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = jnp.array([[-4.0, 1, 1], [6, 1, 1]])
+      >>> print(optax_mtl.combine(jnp.array([0.6, 0.4]), updates))
+      [0. 1. 1.]
+    """
+    if isinstance(updates, GramView):
+        return weights
+
+    def combine_leaf(x):
+        # Low-precision gradients are summed in the precision of the weights.
+        out = jnp.tensordot(weights, x, axes=1, precision=jax.lax.Precision.HIGHEST)
+        return out.astype(x.dtype)
+
+    return jax.tree.map(combine_leaf, updates)
+
+
+def present(gram: jax.Array) -> jax.Array:
+    """Which tasks have a gradient that is not exactly zero, shape ``(T,)``.
+
+    A task without one, such as a task whose labels are missing in a batch, is
+    absent: methods behave as if it did not exist.
+    """
+    return jnp.diagonal(gram) > 0
+
+
+def cosine_similarity(gram: jax.Array) -> jax.Array:
+    """Cosines between the task gradients, shape ``(T, T)``; 0 for an absent task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> gram = jnp.array([[18.0, -22], [-22, 38]])
+      >>> print(jnp.array_str(optax_mtl.cosine_similarity(gram), precision=3))
+      [[ 1.    -0.841]
+       [-0.841  1.   ]]
+    """
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    # Exactly zero where a task is absent, hence safe to divide by elsewhere.
+    inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+    return jnp.clip(gram * inverse[:, None] * inverse, -1, 1)
+
+
+class Conflicts(NamedTuple):
+    """What :func:`conflicts` reports."""
+
+    norms: jax.Array  # Norms of the gradients, shape `(T,)`.
+    cosines: jax.Array  # Between each two tasks, shape `(T, T)`.
+    min_cosine: jax.Array  # Of the most opposed pair, scalar; 1 without a pair.
+    conflicting: jax.Array  # Share of the pairs with a negative cosine, scalar.
+    alignment: jax.Array  # Norm of the sum over the sum of the norms, scalar.
+
+
+def conflicts(gram: jax.Array) -> Conflicts:
+    r"""How much the gradients of the tasks conflict, from their Gram matrix.
+
+    Args:
+      gram: shape ``(T, T)``, as returned by :func:`gram`.
+
+    Returns:
+      Norms, cosines, the smallest cosine, the share of conflicting pairs, and
+      the alignment :math:`\|\sum_i g_i\| / \sum_i \|g_i\|`, which is 1 for
+      gradients of one direction and 0 for gradients that cancel. Absent tasks
+      are left out of every figure.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = {"w": jnp.array([[-4.0, 1, 1], [6, 1, 1]])}
+      >>> report = optax_mtl.conflicts(optax_mtl.gram(updates))
+      >>> print(f"{report.min_cosine:.3f} {report.alignment:.3f}")
+      -0.841 0.333
+
+    References:
+      Yu et al, `Gradient Surgery for Multi-Task Learning
+      <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020, for conflicting pairs.
+    """
+    exists = present(gram)
+    cosines = cosine_similarity(gram)
+    pairs = exists[:, None] & exists & ~jnp.eye(len(gram), dtype=bool)
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    total = norms.sum()
+    return Conflicts(
+        norms=norms,
+        cosines=cosines,
+        min_cosine=jnp.min(jnp.where(pairs, cosines, 1)),
+        conflicting=jnp.sum(pairs & (cosines < 0)) / jnp.maximum(pairs.sum(), 1),
+        alignment=jnp.where(
+            total > 0,
+            jnp.sqrt(jnp.maximum(gram.sum(), 0)) / jnp.where(total > 0, total, 1),
+            1,
+        ),
+    )
