@@ -37,7 +37,8 @@ class GramView:
         self.num_tasks = num_tasks
         self.compute = compute
 
-    def _refuse(self) -> NoReturn:
+    def refuse(self, *_: Any) -> NoReturn:
+        """Raises the error that names the way to the gradients themselves."""
         raise TypeError(
             "this method reads the task gradients themselves, but only their Gram"
             " matrix is known here; obtain them with"
@@ -45,11 +46,9 @@ class GramView:
             " optax_mtl.METHODS reads 'gram' or 'losses'"
         )
 
-    def __jax_array__(self) -> NoReturn:
-        self._refuse()
 
-    def __iter__(self) -> NoReturn:
-        self._refuse()
+# Whatever maps over the leaves of the updates meets the error.
+jax.tree_util.register_pytree_node(GramView, GramView.refuse, GramView.refuse)
 
 
 def check_stacked(
@@ -79,7 +78,7 @@ def check_stacked(
     """
     if isinstance(updates, GramView):
         if not gram_suffices:
-            updates._refuse()
+            updates.refuse()
         found = updates.num_tasks
     else:
         found = _count_tasks(updates, params)
@@ -283,7 +282,7 @@ def cosine_similarity(gram: jax.Array) -> jax.Array:
     norms = jnp.sqrt(jnp.diagonal(gram))
     # Exactly zero where a task is absent, hence safe to divide by elsewhere.
     inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
-    return jnp.clip(gram * inverse[:, None] * inverse, -1, 1)
+    return jnp.clip(gram * jnp.outer(inverse, inverse), -1, 1)
 
 
 class Conflicts(NamedTuple):
@@ -322,7 +321,7 @@ def conflicts(gram: jax.Array) -> Conflicts:
     """
     exists = present(gram)
     cosines = cosine_similarity(gram)
-    pairs = exists[:, None] & exists & ~jnp.eye(len(gram), dtype=bool)
+    pairs = jnp.outer(exists, exists) & ~jnp.eye(len(gram), dtype=bool)
     norms = jnp.sqrt(jnp.diagonal(gram))
     total = norms.sum()
     return Conflicts(

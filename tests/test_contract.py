@@ -1,0 +1,251 @@
+"""What base.py asks of every method."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+
+import optax_mtl
+from tests.common import every_method, losses, params, run, stacked
+
+
+def make(name, num_tasks):
+    return optax_mtl.get(name, num_tasks)
+
+
+def assert_like_params(update, dtype):
+    chex.assert_trees_all_equal_shapes(update, params())
+    chex.assert_tree_all_finite(update)
+    assert {x.dtype for x in jax.tree.leaves(update)} == {jnp.dtype(dtype)}
+
+
+def unwrap_keys(state):
+    return optax.tree.unwrap_random_key_data(state)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_shapes_and_dtypes(name, dtype):
+    method = make(name, 3)
+    step = jax.jit(lambda u, s: run(method, u, 3, state=s))
+    update, state = step(stacked(3, dtype), method.init(params()))
+    assert_like_params(update, dtype)
+    chex.assert_tree_all_finite(unwrap_keys(state))
+
+
+@every_method
+@pytest.mark.parametrize("num_tasks", [1, 2, 64])
+def test_number_of_tasks(name, num_tasks):
+    method = make(name, num_tasks)
+    update, state = jax.jit(lambda u: run(method, u, num_tasks, 2))(stacked(num_tasks))
+    assert_like_params(update, "float32")
+    chex.assert_tree_all_finite(unwrap_keys(state))
+
+
+@every_method
+def test_one_task_keeps_its_direction(name):
+    method, updates = make(name, 1), stacked(1)
+    update, _ = jax.jit(lambda u: run(method, u, 1))(updates)
+    gradient = jax.tree.map(lambda x: x[0], updates)
+    if not any(jnp.any(x) for x in jax.tree.leaves(update)):
+        assert name == "m_config"  # Its first output comes after all tasks were seen.
+        return
+    if "P" in optax_mtl.METHODS[name].state:
+        pytest.skip("an adaptive step rescales each parameter")
+    cosine = optax.tree.vdot(update, gradient) / (
+        optax.tree.norm(update) * optax.tree.norm(gradient)
+    )
+    np.testing.assert_allclose(cosine, 1, rtol=1e-5)
+
+
+@every_method
+def test_compiles_once_and_keeps_its_state_types(name):
+    method = make(name, 3)
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(lambda u, s: run(method, u, 3, state=s), 1))
+    state = method.init(params())
+    assert not any(x.weak_type for x in jax.tree.leaves(unwrap_keys(state)))
+    for seed in range(3):
+        _, new_state = step(stacked(3, seed=seed), state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+        state = new_state
+
+
+@every_method
+def test_scans_like_a_loop(name):
+    method = make(name, 3)
+    batches = [stacked(3, seed=seed) for seed in range(3)]
+
+    def step(state, updates):
+        update, state = run(method, updates, 3, state=state)
+        return state, update
+
+    together = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    state = method.init(params())
+    _, scanned = jax.jit(lambda s, u: jax.lax.scan(step, s, u))(state, together)
+    compiled = jax.jit(step)
+    for i, updates in enumerate(batches):
+        state, update = compiled(state, updates)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], scanned), update, rtol=1e-4, atol=1e-5
+        )
+
+
+@every_method
+def test_init_is_abstract_and_can_be_donated(name):
+    method = make(name, 3)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.eval_shape(method.init, params()), method.init(params())
+    )
+    step = jax.jit(lambda s, u: run(method, u, 3, state=s)[1], donate_argnums=0)
+    for _ in range(2):  # A second init must not meet a donated buffer.
+        step(method.init(params()), stacked(3))
+
+
+@every_method
+def test_accepts_unknown_extra_arguments(name):
+    method = make(name, 2)
+    state = method.init(params())
+    extra = {"losses": losses(2), "value": 1.0, "unheard_of": None}
+    jax.eval_shape(lambda u: method.update(u, state, params(), **extra), stacked(2))
+
+
+@every_method
+def test_absent_task_and_all_zero(name):
+    method = make(name, 4)
+    step = jax.jit(lambda u, s: run(method, u, 4, 2, state=s))
+    absent = jax.tree.map(lambda x: x.at[1].set(0), stacked(4))
+    update, state = step(absent, method.init(params()))
+    assert_like_params(update, "float32")
+    chex.assert_tree_all_finite(unwrap_keys(state))
+
+    zero = jax.tree.map(jnp.zeros_like, absent)
+    update, state = step(zero, method.init(params()))
+    chex.assert_trees_all_equal(update, jax.tree.map(jnp.zeros_like, params()))
+    chex.assert_tree_all_finite(unwrap_keys(state))
+
+
+@every_method
+@pytest.mark.parametrize("factor", [1e-12, 1e12])
+def test_scale_of_the_gradients(name, factor):
+    method = make(name, 3)
+    step = jax.jit(lambda u: run(method, u, 3)[0])
+    updates = stacked(3)
+    update = step(jax.tree.map(lambda x: factor * x, updates))
+    assert_like_params(update, "float32")
+    if "scales" in optax_mtl.METHODS[name].promises:
+        expected = jax.tree.map(lambda x: factor * x, step(updates))
+        chex.assert_trees_all_close(update, expected, rtol=1e-3, atol=1e-4 * factor)
+
+
+@every_method
+def test_non_finite_gradients_pass_and_leave_nothing_behind(name):
+    method = make(name, 3)
+    step = jax.jit(lambda u, s: run(method, u, 3, state=s))
+    _, state = step(stacked(3), method.init(params()))
+    for value in (jnp.nan, jnp.inf):
+        bad = stacked(3)
+        bad["w"] = bad["w"].at[1, 0, 0].set(value)
+        update, after = step(bad, state)
+        assert not jnp.all(jnp.isfinite(update["w"]))
+        chex.assert_tree_all_finite(unwrap_keys(after))
+        if optax_mtl.METHODS[name].reads & {"gram", "gradients"}:
+            chex.assert_trees_all_equal(unwrap_keys(after), unwrap_keys(state))
+
+
+@every_method
+def test_weights_stand_for_gradients_known_by_their_gram_matrix(name):
+    method, updates = make(name, 3), stacked(3)
+    view = optax_mtl.GramView(3, lambda: optax_mtl.gram(updates))
+    if "gradients" in optax_mtl.METHODS[name].reads:
+        with pytest.raises(TypeError, match="value_and_task_grads"):
+            method.update(view, method.init(params()), losses=losses(3))
+        return
+    state = method.init(params())
+    weights, _ = method.update(view, state, losses=losses(3))
+    assert weights.shape == (3,)
+    update, _ = method.update(updates, state, params(), losses=losses(3))
+    chex.assert_trees_all_close(
+        update, optax_mtl.combine(weights, updates), rtol=1e-5, atol=1e-5
+    )
+
+
+@every_method
+def test_needs_losses_only_if_it_reads_them(name):
+    method = make(name, 2)
+    call = lambda: jax.eval_shape(
+        lambda u: method.update(u, method.init(params()), params())[0], stacked(2)
+    )
+    if "losses" in optax_mtl.METHODS[name].reads:
+        with pytest.raises(TypeError, match="losses=losses"):
+            call()
+        with pytest.raises(ValueError, match=r"losses have shape \(3,\)"):
+            method.update(stacked(2), method.init(params()), losses=jnp.ones(3))
+    else:
+        call()
+
+
+@every_method
+def test_refuses_what_is_not_stacked(name):
+    method = make(name, 3)
+    state = method.init(params())
+
+    def update(updates, params=None):
+        call = lambda u: method.update(u, state, params, losses=jnp.ones(3))
+        jax.eval_shape(call, updates)
+
+    with pytest.raises(ValueError, match=r"leading task axis.*\['b'\]\['s'\] \(\)"):
+        update(params())  # The 0-d leaf has none.
+    ordinary = {"w": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match=r"\['w'\] has shape \(3, 2\).*\(3, 2\)"):
+        update(ordinary, ordinary)
+    with pytest.raises(ValueError, match=r"updates\['b'\].*\(2, 5\).*updates\['a'\]"):
+        update({"a": jnp.ones((3, 5)), "b": jnp.ones((2, 5))})
+    with pytest.raises(ValueError, match=r"no array leaves.*nnx\.State"):
+        update({})
+    with pytest.raises(TypeError, match=r"updates\['n'\].*int32.*floating-point"):
+        update({"n": jnp.ones((3, 2), jnp.int32)})
+
+
+@every_method
+def test_refuses_another_number_of_tasks(name):
+    method = make(name, 3)
+    state = method.init(params())
+    if not any(3 in x.shape[:1] for x in jax.tree.leaves(state)):
+        return  # Without T in its state, a method takes any number of tasks.
+    with pytest.raises(ValueError, match=r"num_tasks=3.*gradients of 2 tasks"):
+        jax.eval_shape(
+            lambda u: method.update(u, state, params(), losses=jnp.ones(2)), stacked(2)
+        )
+
+
+@every_method
+def test_passes_an_empty_group_of_a_partition(name):
+    labels = {"w": "shared", "b": "shared"}
+    chain = optax.partition(
+        {"shared": make(name, 2), "heads": make(name, 2)},
+        jax.tree.map(lambda k: k, labels),
+    )
+    state = chain.init(params())
+    extra = {"losses": losses(2)}
+    update, _ = jax.eval_shape(
+        lambda u: chain.update(u, state, params(), **extra), stacked(2)
+    )
+    chex.assert_trees_all_equal_shapes(update, params())
+
+
+class VariantsTest(chex.TestCase):
+    """Each method gives the same with and without jit and under pmap."""
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @parameterized.parameters(*optax_mtl.METHODS)
+    def test_variants(self, name):
+        method, updates = make(name, 3), stacked(3)
+        state = method.init(params())
+        step = self.variant(lambda u, s: run(method, u, 3, state=s)[0])
+        expected = jax.jit(lambda u, s: run(method, u, 3, state=s)[0])(updates, state)
+        actual = step(updates, state)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,135 @@
+"""Each promise of the catalog is a test, in float64 so that only methods can fail."""
+
+import jax
+import numpy as np
+import pytest
+
+import optax_mtl
+from tests.common import (
+    NUM_PARAMS,
+    NUM_TASKS,
+    aggregate,
+    matrices,
+    promised,
+)
+
+LOSSES = np.linspace(0.5, 2.0, NUM_TASKS)
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def call(name, batch, losses=LOSSES):
+    return np.asarray(aggregate(name)(np.asarray(batch), losses))
+
+
+def size(batch):
+    """The natural size of an update: the norm of the largest gradient."""
+    return np.linalg.norm(batch, axis=2).max(axis=1)
+
+
+def assert_same(actual, expected, batch, tolerance=TOLERANCE):
+    error = np.linalg.norm(actual - expected, axis=1)
+    norm = np.linalg.norm(expected, axis=1)
+    assert np.all(error <= tolerance * np.maximum(norm, size(batch))), (error, norm)
+
+
+@promised("symmetric")
+def test_symmetric(name):
+    batch, expected = matrices("any"), call(name, matrices("any"))
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(NUM_TASKS)
+        assert_same(call(name, batch[:, order], LOSSES[order]), expected, batch)
+
+
+@promised("rotates")
+def test_rotates(name):
+    batch = matrices("any")
+    rotation, _ = np.linalg.qr(
+        np.random.default_rng(1).normal(size=(NUM_PARAMS, NUM_PARAMS))
+    )
+    assert_same(call(name, batch @ rotation), call(name, batch) @ rotation, batch)
+
+
+@promised("scales")
+def test_scales(name):
+    batch = matrices("any")
+    expected = call(name, batch)
+    for factor in (1e-6, 3.7, 1e6):
+        assert_same(call(name, factor * batch) / factor, expected, batch)
+
+
+@promised("scale_free")
+def test_scale_free(name):
+    batch = matrices("regular")
+    direction = lambda d: d / np.linalg.norm(d, axis=1, keepdims=True)
+    scales = np.exp(np.random.default_rng(2).normal(size=(NUM_TASKS, 1)))
+    actual = direction(call(name, scales * batch))
+    np.testing.assert_allclose(actual, direction(call(name, batch)), atol=TOLERANCE)
+
+
+@promised("linear_in_scales")
+def test_linear_in_scales(name):
+    batch = matrices("any")
+    rng = np.random.default_rng(3)
+    first, second = rng.uniform(0.1, 1, (2, NUM_TASKS, 1))
+    a, b = 0.3, 0.6
+    expected = a * call(name, first * batch) + b * call(name, second * batch)
+    assert_same(call(name, (a * first + b * second) * batch), expected, batch)
+
+
+@promised("never_conflicts")
+@pytest.mark.parametrize("kind", ["any", "strong", "regular"])
+def test_never_conflicts(name, kind):
+    batch = matrices(kind)
+    update = call(name, batch)
+    # A stationary point leaves nothing to descend: rounding errors are no direction.
+    zero = np.linalg.norm(update, axis=1) <= TOLERANCE * size(batch)
+    norms = np.linalg.norm(batch, axis=2) * np.linalg.norm(update, axis=1)[:, None]
+    cosines = np.einsum("ntp,np->nt", batch, update) / np.where(norms > 0, norms, 1)
+    assert np.all((cosines >= -TOLERANCE) | zero[:, None]), cosines
+
+
+@promised("stationary")
+def test_stationary(name):
+    batch = matrices("strong")
+    assert_same(call(name, batch), np.zeros(batch[:, 0].shape), batch)
+
+
+@promised("agrees")
+def test_agrees(name):
+    gradient = np.random.default_rng(4).normal(size=(8, 1, NUM_PARAMS))
+    update = call(name, np.tile(gradient, (1, NUM_TASKS, 1)), np.ones(NUM_TASKS))
+    gradient = gradient[:, 0]
+    cosines = np.sum(update * gradient, axis=1) / (
+        np.linalg.norm(update, axis=1) * np.linalg.norm(gradient, axis=1)
+    )
+    np.testing.assert_allclose(cosines, 1, atol=TOLERANCE)
+
+
+@promised("ignores_absent")
+@pytest.mark.parametrize("absent", [0, 2])
+def test_ignores_absent(name, absent):
+    present = np.arange(NUM_TASKS) != absent
+    method = optax_mtl.get(name, NUM_TASKS - 1)
+
+    @jax.jit
+    @jax.vmap
+    def without(matrix):
+        losses = LOSSES[present]
+        return method.update(matrix, method.init(matrix[0]), losses=losses)[0]
+
+    batch = matrices("any")
+    losses = np.where(present, LOSSES, 0)
+    actual = call(name, np.where(present[:, None], batch, 0), losses)
+    assert_same(actual, np.asarray(without(batch[:, present])), batch)
+
+
+def test_every_promise_is_tested_and_made():
+    tested = {n.removeprefix("test_") for n in globals() if n.startswith("test_")}
+    made = set().union(*(row.promises for row in optax_mtl.METHODS.values()))
+    assert made == tested - {"every_promise_is_tested_and_made"}
