@@ -8,6 +8,7 @@ from optax_mtl.base import from_state as from_state
 from optax_mtl.catalog import METHODS as METHODS
 from optax_mtl.catalog import Entry as Entry
 from optax_mtl.catalog import get as get
+from optax_mtl.gradients import value_and_grad as value_and_grad
 from optax_mtl.gradients import value_and_task_grads as value_and_task_grads
 from optax_mtl.methods.cagrad import cagrad as cagrad
 from optax_mtl.methods.dwa import dwa as dwa

@@ -1,4 +1,4 @@
-"""Ways to get the gradients of several tasks."""
+"""Ways to get the gradients of several tasks, and their resolution, in one call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+
+from optax_mtl import tasks
 
 Mask = Any  # Tree of bools with the structure of the parameters, or a prefix of it.
 
@@ -42,6 +44,7 @@ def value_and_task_grads(
       updates has one leading task axis, those of heads excepted.
 
     Raises:
+      TypeError: at the call, for parameters that are not floating point.
       ValueError: at the call, if the losses are neither a vector nor scalars.
 
     Examples:
@@ -55,65 +58,184 @@ def value_and_task_grads(
     """
 
     def fn(params, *args, **kwargs):
-        def vector_fn(params):
-            out = losses_fn(params, *args, **kwargs)
-            losses, aux = out if has_aux else (out, None)
-            return stack_task_losses(losses), (losses, aux)
-
-        stacked, head = _split(params, shared)
-        merge = lambda stacked, head: jax.tree.map(
-            lambda s, h: h if s is None else s, stacked, head, is_leaf=_is_none
-        )
-        vector, pull_back, (losses, aux) = jax.vjp(
-            lambda stacked, head: vector_fn(merge(stacked, head)),
-            stacked,
-            head,
-            has_aux=True,
-        )
-        pull_back_shared = lambda cotangent: pull_back(cotangent)[0]
+        vector_fn = _vector_fn(losses_fn, has_aux, args, kwargs)
+        shared_part, heads = split(params, shared)
+        vector, pull_back, value = jax.vjp(vector_fn, shared_part, heads, has_aux=True)
         # Unlike jnp.eye, this varies over devices under shard_map as the losses do.
         basis = jnp.diag(jnp.ones_like(vector))
-        if sequential:
-            updates = jax.lax.map(pull_back_shared, basis)
-        else:
-            updates = jax.vmap(pull_back_shared)(basis)
-        if shared is not None:
-            updates = merge(updates, pull_back(jnp.ones_like(vector))[1])
-        return ((losses, aux) if has_aux else losses), updates
+        map_tasks = jax.lax.map if sequential else lambda f, xs: jax.vmap(f)(xs)
+        updates = map_tasks(lambda cotangent: pull_back(cotangent)[0], basis)
+        return value, merge(updates, pull_back(jnp.ones_like(vector))[1])
 
     return fn
 
 
+def value_and_grad(
+    losses_fn: Callable[..., Any],
+    method: optax.GradientTransformation,
+    has_aux: bool = False,
+    *,
+    mode: str = "gram",
+    shared: Mask | Callable[[optax.Params], Mask] | None = None,
+) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
+    r"""Makes a function that returns the losses and the resolved gradient.
+
+    .. math::
+
+      G e_i = J (J^\top e_i), \qquad d = J^\top w(G),
+
+    where :math:`J` is the Jacobian of the losses: for each task, one pull-back and
+    one push-forward of its result give a column of the Gram matrix; one pull-back
+    of the weights gives the update. No more than one gradient is held at a time,
+    so that memory does not grow with T. A method that reads the losses alone takes
+    one backward pass in all.
+
+    Args:
+      losses_fn: as in :func:`value_and_task_grads`.
+      method: any method whose weights depend on the Gram matrix and the losses.
+        The rest of the chain is applied to the gradient that comes back.
+      has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
+      mode: ``"gram"``, or ``"stacked"`` for the same result from
+        :func:`value_and_task_grads`, for any method and for models with a
+        ``jax.custom_vjp``, through which nothing can be pushed forward.
+      shared: which parameters the method resolves, as in
+        :func:`value_and_task_grads`; the others get the gradient of the sum.
+
+    Returns:
+      A function of the parameters, the state of the method
+      (``method.init(params)``) and further arguments that returns
+      ``(losses, grads, state)``, or ``((losses, aux), grads, state)``.
+
+    Raises:
+      TypeError: at the call, for a method that reads the gradients themselves
+        and for parameters that are not floating point.
+      ValueError: for an unknown mode; at the call, if the losses are neither a
+        vector nor scalars, or as many as the method was made for.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> losses_fn = lambda x: {"a": ((x - 1) ** 2).sum(), "b": (x**2).sum()}
+      >>> method = optax_mtl.cagrad()
+      >>> fn = optax_mtl.value_and_grad(losses_fn, method)
+      >>> params = jnp.array([0.0, 1.0])
+      >>> losses, grads, state = fn(params, method.init(params))
+      >>> print(jnp.array_str(grads, precision=3))
+      [-1.207  1.207]
+
+    .. note::
+      The entries of the Gram matrix have the precision of the model's own forward
+      pass: compute losses in float32, and mind ``jax_default_matmul_precision``.
+      Under :func:`jax.shard_map`, average the losses over the devices inside
+      ``losses_fn``.
+    """
+    if mode not in ("gram", "stacked"):
+        raise ValueError(f"mode should be 'gram' or 'stacked', not {mode!r}")
+    method = optax.with_extra_args_support(method)
+
+    def from_gram(params, state, *args, **kwargs):
+        vector_fn = _vector_fn(losses_fn, has_aux, args, kwargs)
+        shared_part, heads = split(params, shared)
+        vector, push_forward, value = jax.linearize(
+            vector_fn, shared_part, heads, has_aux=True
+        )
+        pull_back = jax.linear_transpose(push_forward, shared_part, heads)
+
+        def compute_gram():
+            # Linearized again to leave out the heads, not to multiply them by zero.
+            zeros = optax.tree.zeros_like((shared_part, heads))
+            try:
+                _, push = jax.linearize(lambda x: push_forward(x, zeros[1]), zeros[0])
+            except TypeError as error:
+                error.add_note(
+                    "optax_mtl.value_and_grad pushes gradients forward through the"
+                    " model; use mode='stacked' where JAX cannot do that"
+                )
+                raise
+            column = lambda cotangent: push(pull_back(cotangent)[0])
+            gram = jax.lax.map(column, jnp.diag(jnp.ones_like(vector)))
+            return (gram + gram.T) / 2
+
+        view = tasks.GramView(len(vector), compute_gram)
+        weights, state = method.update(view, state, params, losses=vector)
+        if jnp.shape(weights) != vector.shape:
+            raise TypeError(
+                f"expected the weights of {len(vector)} tasks, but the method returned"
+                f" {weights}: give a method of optax_mtl, and apply the rest of the"
+                " chain to the gradient that value_and_grad returns"
+            )
+        grads, _ = pull_back(weights.astype(vector.dtype))
+        return value, merge(grads, pull_back(jnp.ones_like(vector))[1]), state
+
+    def from_stacked(params, state, *args, **kwargs):
+        task_grads = value_and_task_grads(losses_fn, has_aux, shared=shared)
+        value, updates = task_grads(params, *args, **kwargs)
+        losses = value[0] if has_aux else value
+        mask = mask_of(params, shared)
+        stacked, heads = split(updates, mask)
+        grads, state = method.update(
+            stacked, state, split(params, mask)[0], losses=losses
+        )
+        return value, merge(grads, heads), state
+
+    return from_gram if mode == "gram" else from_stacked
+
+
+def _vector_fn(losses_fn, has_aux, args, kwargs):
+    """Function of shared parameters and heads to losses (T,) and what to return."""
+
+    def vector_fn(shared_part, heads):
+        value = losses_fn(merge(shared_part, heads), *args, **kwargs)
+        losses = value[0] if has_aux else value
+        return stack_task_losses(losses), value
+
+    return vector_fn
+
+
 def stack_task_losses(losses: Any) -> jax.Array:
-    """The losses of the tasks as one vector of shape ``(T,)``.
+    """The losses that ``losses_fn`` returned, as one vector of shape ``(T,)``.
 
     Raises:
       ValueError: if they are neither a vector nor a tree of scalars.
     """
     leaves = jax.tree.leaves(losses)
-    if len(leaves) == 1 and jnp.ndim(leaves[0]) == 1:
-        return leaves[0]
-    if not leaves or any(jnp.ndim(x) for x in leaves) or hasattr(losses, "shape"):
+    is_array = hasattr(losses, "shape")
+    if not leaves or any(jnp.ndim(x) != is_array for x in leaves):
         raise ValueError(
             "losses_fn should return one loss for each task, as a vector of shape"
             " (T,) or a dict of scalars, but returned shapes"
             f" {jax.tree.map(jnp.shape, losses)}; do not sum the losses, and average"
             " each over its batch"
         )
-    return jnp.stack(leaves)
+    return tasks.stack_losses(losses, None)
 
 
-def _split(params: optax.Params, shared: Any) -> tuple[Any, Any]:
-    """Separates the shared parameters from the others; None stands for a hole."""
-    if shared is None:
-        return params, jax.tree.map(lambda _: None, params)
+def mask_of(params: optax.Params, shared: Mask | Callable | None) -> Mask:
+    """A tree of bools with the structure of the parameters: which are shared."""
     mask = shared(params) if callable(shared) else shared
-    mask = jax.tree.broadcast(mask, params)
-    pick = lambda keep: jax.tree.map(
-        lambda p, m: p if m is keep else None, params, mask
-    )
+    return jax.tree.broadcast(True if mask is None else mask, params)
+
+
+def split(tree: Any, shared: Mask | Callable | None) -> tuple[Any, Any]:
+    """Separates the shared leaves from the others; None stands for a hole.
+
+    Raises:
+      TypeError: for leaves that are not floating point.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"the parameter params{jax.tree_util.keystr(path)} has dtype"
+                f" {jnp.result_type(leaf)}, which has no gradient; hand it to losses_fn"
+                " as another argument (with Flax NNX, split the model by nnx.Param)"
+            )
+    mask = mask_of(tree, shared)
+    pick = lambda keep: jax.tree.map(lambda x, m: x if m is keep else None, tree, mask)
     return pick(True), pick(False)
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
+def merge(shared_part: Any, heads: Any) -> Any:
+    """The tree whose shared leaves and others :func:`split` separated."""
+    is_hole = lambda x: x is None
+    choose = lambda s, h: h if s is None else s
+    return jax.tree.map(choose, shared_part, heads, is_leaf=is_hole)
