@@ -2,6 +2,11 @@
 
 from optax_mtl import solvers as solvers
 from optax_mtl import weights as weights
+from optax_mtl.accumulation import MultiStepsState as MultiStepsState
+from optax_mtl.accumulation import accumulate_task_grads as accumulate_task_grads
+from optax_mtl.accumulation import has_updated as has_updated
+from optax_mtl.accumulation import multi_steps as multi_steps
+from optax_mtl.accumulation import next_task as next_task
 from optax_mtl.base import from_gram as from_gram
 from optax_mtl.base import from_losses as from_losses
 from optax_mtl.base import from_state as from_state
@@ -11,16 +16,26 @@ from optax_mtl.catalog import get as get
 from optax_mtl.gradients import value_and_grad as value_and_grad
 from optax_mtl.gradients import value_and_task_grads as value_and_task_grads
 from optax_mtl.methods.cagrad import cagrad as cagrad
+from optax_mtl.methods.cosine_gating import cosine_gating as cosine_gating
 from optax_mtl.methods.dwa import dwa as dwa
 from optax_mtl.methods.linear import linear as linear
 from optax_mtl.methods.linear import mean as mean
 from optax_mtl.methods.pcgrad import pcgrad as pcgrad
+from optax_mtl.methods.priority_projection import (
+    priority_projection as priority_projection,
+)
+from optax_mtl.methods.sam_gs import sam_gs as sam_gs
 from optax_mtl.tasks import Conflicts as Conflicts
 from optax_mtl.tasks import GramView as GramView
 from optax_mtl.tasks import combine as combine
 from optax_mtl.tasks import conflicts as conflicts
 from optax_mtl.tasks import cosine_similarity as cosine_similarity
 from optax_mtl.tasks import gram as gram
+from optax_mtl.wrappers import log_losses as log_losses
+from optax_mtl.wrappers import per_group as per_group
 from optax_mtl.wrappers import per_task as per_task
+from optax_mtl.wrappers import smooth_weights as smooth_weights
+from optax_mtl.wrappers import update_every as update_every
+from optax_mtl.wrappers import with_sharded_parameters as with_sharded_parameters
 
 __version__ = "0.1.0"

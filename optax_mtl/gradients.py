@@ -58,9 +58,9 @@ def value_and_task_grads(
     """
 
     def fn(params, *args, **kwargs):
-        vector_fn = _vector_fn(losses_fn, has_aux, args, kwargs)
+        losses_of = vector_fn(losses_fn, has_aux, args, kwargs)
         shared_part, heads = split(params, shared)
-        vector, pull_back, value = jax.vjp(vector_fn, shared_part, heads, has_aux=True)
+        vector, pull_back, value = jax.vjp(losses_of, shared_part, heads, has_aux=True)
         # Unlike jnp.eye, this varies over devices under shard_map as the losses do.
         basis = jnp.diag(jnp.ones_like(vector))
         map_tasks = jax.lax.map if sequential else lambda f, xs: jax.vmap(f)(xs)
@@ -134,10 +134,10 @@ def value_and_grad(
     method = optax.with_extra_args_support(method)
 
     def from_gram(params, state, *args, **kwargs):
-        vector_fn = _vector_fn(losses_fn, has_aux, args, kwargs)
+        losses_of = vector_fn(losses_fn, has_aux, args, kwargs)
         shared_part, heads = split(params, shared)
         vector, push_forward, value = jax.linearize(
-            vector_fn, shared_part, heads, has_aux=True
+            losses_of, shared_part, heads, has_aux=True
         )
         pull_back = jax.linear_transpose(push_forward, shared_part, heads)
 
@@ -181,15 +181,15 @@ def value_and_grad(
     return from_gram if mode == "gram" else from_stacked
 
 
-def _vector_fn(losses_fn, has_aux, args, kwargs):
+def vector_fn(losses_fn, has_aux, args, kwargs):
     """Function of shared parameters and heads to losses (T,) and what to return."""
 
-    def vector_fn(shared_part, heads):
+    def losses_of(shared_part, heads):
         value = losses_fn(merge(shared_part, heads), *args, **kwargs)
         losses = value[0] if has_aux else value
         return stack_task_losses(losses), value
 
-    return vector_fn
+    return losses_of
 
 
 def stack_task_losses(losses: Any) -> jax.Array:
