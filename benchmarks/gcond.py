@@ -1,0 +1,90 @@
+"""What resolving conflicts with GCond costs.
+
+    python -m benchmarks.gcond
+
+times one update of `gcond` against the two passes over memory that nothing can do
+without: read the gradients of all tasks and the last ones to measure them, read the
+gradients again and write one update. All are timed by turns in one run.
+"""
+
+import argparse
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from optax_mtl import tasks
+from optax_mtl.methods.gcond import gcond
+
+
+def make_updates(num_tasks: int, num_params: int, num_leaves: int) -> dict:
+    """Random task gradients that conflict, in leaves of equal size."""
+    keys = jax.random.split(jax.random.key(0), num_leaves)
+    shape = (num_tasks, num_params // num_leaves)
+    common = jax.random.normal(jax.random.key(1), shape[1:])
+    signs = jnp.where(jnp.arange(num_tasks) % 2, 1.0, -1.0)[:, None]
+    make = lambda key: jax.random.normal(key, shape) + signs * common
+    return {f"leaf{i}": make(key) for i, key in enumerate(keys)}
+
+
+def lower_bound(updates: dict, previous: dict) -> tuple[jax.Array, dict]:
+    """Reads everything once, then the gradients again, and writes one update."""
+    read = lambda x, p: jnp.sum(x * p)
+    total = sum(jax.tree.leaves(jax.tree.map(read, updates, previous)))
+    weights = total * jnp.ones(len(jax.tree.leaves(updates)[0]))
+    return total, tasks.combine(weights, updates)
+
+
+def best_times(functions: dict, repeats: int) -> dict[str, float]:
+    """Shortest time of each function, called by turns, in seconds."""
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--params", type=int, default=4_000_000)
+    parser.add_argument("--leaves", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args(argv)
+
+    print(f"{args.params:,} parameters in {args.leaves} leaves on {jax.devices()[0]}")
+    print("| tasks | method | ms | x the two passes |")
+    print("| --- | --- | --- | --- |")
+    for num_tasks in args.tasks:
+        updates = make_updates(num_tasks, args.params, args.leaves)
+        params = jax.tree.map(lambda x: x[0], updates)
+        functions = {}
+        for reference in ("accumulated", "resolved"):
+            method = gcond(num_tasks, reference=reference)
+            functions[f"gcond, {reference}"] = make_step(method, params, updates)
+        previous = jax.tree.map(jnp.negative, updates)
+        functions["two passes"] = partial(jax.jit(lower_bound), updates, previous)
+        times = best_times(functions, args.repeats)
+        for name, seconds in times.items():
+            ratio = seconds / times["two passes"]
+            print(f"| {num_tasks} | {name} | {1e3 * seconds:.1f} | {ratio:.2f} |")
+
+
+def make_step(method, params, updates):
+    """One update, its state donated as in a training step."""
+    update = jax.jit(method.update, donate_argnums=1)
+    state = jax.jit(method.init)(params)
+
+    def step():
+        nonlocal state
+        out, state = update(updates, state)
+        return out, state
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
