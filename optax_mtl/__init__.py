@@ -15,16 +15,33 @@ from optax_mtl.catalog import Entry as Entry
 from optax_mtl.catalog import get as get
 from optax_mtl.gradients import value_and_grad as value_and_grad
 from optax_mtl.gradients import value_and_task_grads as value_and_task_grads
+from optax_mtl.methods.aligned_mtl import aligned_mtl as aligned_mtl
 from optax_mtl.methods.cagrad import cagrad as cagrad
+from optax_mtl.methods.config import config as config
 from optax_mtl.methods.cosine_gating import cosine_gating as cosine_gating
+from optax_mtl.methods.dualproj import dualproj as dualproj
 from optax_mtl.methods.dwa import dwa as dwa
+from optax_mtl.methods.fairgrad import fairgrad as fairgrad
+from optax_mtl.methods.gls import gls as gls
+from optax_mtl.methods.graddrop import graddrop as graddrop
+from optax_mtl.methods.gradvac import gradvac as gradvac
+from optax_mtl.methods.imtl_g import imtl_g as imtl_g
+from optax_mtl.methods.krum import krum as krum
 from optax_mtl.methods.linear import linear as linear
 from optax_mtl.methods.linear import mean as mean
+from optax_mtl.methods.mgda import mgda as mgda
+from optax_mtl.methods.nash_mtl import nash_mtl as nash_mtl
 from optax_mtl.methods.pcgrad import pcgrad as pcgrad
 from optax_mtl.methods.priority_projection import (
     priority_projection as priority_projection,
 )
+from optax_mtl.methods.random_weights import random_weights as random_weights
 from optax_mtl.methods.sam_gs import sam_gs as sam_gs
+from optax_mtl.methods.trimmed_mean import trimmed_mean as trimmed_mean
+from optax_mtl.methods.uncertainty_weighting import (
+    uncertainty_weighting as uncertainty_weighting,
+)
+from optax_mtl.methods.upgrad import upgrad as upgrad
 from optax_mtl.tasks import Conflicts as Conflicts
 from optax_mtl.tasks import GramView as GramView
 from optax_mtl.tasks import combine as combine

@@ -6,7 +6,30 @@ from typing import Any, NamedTuple
 
 import optax
 
-from optax_mtl.methods import cagrad, dwa, linear, pcgrad
+from optax_mtl.methods import (
+    aligned_mtl,
+    cagrad,
+    config,
+    cosine_gating,
+    dualproj,
+    dwa,
+    fairgrad,
+    gls,
+    graddrop,
+    gradvac,
+    imtl_g,
+    krum,
+    linear,
+    mgda,
+    nash_mtl,
+    pcgrad,
+    priority_projection,
+    random_weights,
+    sam_gs,
+    trimmed_mean,
+    uncertainty_weighting,
+    upgrad,
+)
 
 Factory = Callable[..., optax.GradientTransformationExtraArgs]
 
@@ -47,6 +70,18 @@ def _row(
     )
 
 
+def _krum(num_tasks: int, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """Krum, by default with one Byzantine task where there are enough others."""
+    return krum.krum(**{"num_byzantine": int(num_tasks > 3)} | options)
+
+
+def _trimmed_mean(
+    num_tasks: int, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Trimmed mean, by default of one entry on each side where there are enough."""
+    return trimmed_mean.trimmed_mean(**{"num_trimmed": int(num_tasks > 2)} | options)
+
+
 _UNITARY = (
     "In Defense of the Unitary Scalarization for Deep Multi-Task Learning",
     "NeurIPS 2022",
@@ -70,6 +105,20 @@ METHODS: dict[str, Entry] = {
         reads="",
         scale="mean",
         promises="symmetric rotates scales linear_in_scales agrees",
+    ),
+    "random_weights": _row(
+        random_weights.random_weights,
+        "baseline",
+        (
+            "Reasonable Effectiveness of Random Weighting: A Litmus Test for"
+            " Multi-Task Learning",
+            "TMLR 2022",
+            "https://arxiv.org/abs/2111.10603",
+        ),
+        reads="",
+        scale="mean",
+        state="tasks",
+        promises="rotates scales linear_in_scales agrees",
     ),
     # Conflict: the directions of the gradients.
     "cagrad": _row(
@@ -97,6 +146,152 @@ METHODS: dict[str, Entry] = {
         state="tasks",
         promises="rotates scales linear_in_scales agrees",
     ),
+    "aligned_mtl": _row(
+        aligned_mtl.aligned_mtl,
+        "conflict",
+        (
+            "Independent Component Alignment for Multi-Task Learning",
+            "CVPR 2023",
+            "https://arxiv.org/abs/2305.19000",
+        ),
+        reads="gram",
+        scale="sum",
+        promises="symmetric rotates scales agrees ignores_absent",
+    ),
+    "config": _row(
+        config.config,
+        "conflict",
+        (
+            "ConFIG: Towards Conflict-free Training of Physics Informed Neural"
+            " Networks",
+            "ICLR 2025",
+            "https://arxiv.org/abs/2408.11104",
+        ),
+        reads="gram",
+        scale="sum",
+        promises="symmetric rotates scales scale_free linear_in_scales agrees"
+        " ignores_absent",
+    ),
+    "dualproj": _row(
+        dualproj.dualproj,
+        "conflict",
+        (
+            "Gradient Episodic Memory for Continual Learning",
+            "NeurIPS 2017",
+            "https://arxiv.org/abs/1706.08840",
+        ),
+        reads="gram",
+        scale="mean",
+        promises="symmetric rotates scales never_conflicts stationary agrees"
+        " ignores_absent",
+    ),
+    "graddrop": _row(
+        graddrop.graddrop,
+        "conflict",
+        (
+            "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient"
+            " Sign Dropout",
+            "NeurIPS 2020",
+            "https://arxiv.org/abs/2010.06808",
+        ),
+        reads="gradients",
+        scale="sum",
+        state="tasks",
+        promises="symmetric scales agrees ignores_absent",
+    ),
+    "gradvac": _row(
+        gradvac.gradvac,
+        "conflict",
+        (
+            "Gradient Vaccine: Investigating and Improving Multi-task"
+            " Optimization in Massively Multilingual Models",
+            "ICLR 2021",
+            "https://arxiv.org/abs/2010.05874",
+        ),
+        reads="gram",
+        scale="sum",
+        state="tasks",
+        promises="rotates scales linear_in_scales agrees",
+        num_tasks=True,
+    ),
+    "mgda": _row(
+        mgda.mgda,
+        "conflict",
+        (
+            "Multi-Task Learning as Multi-Objective Optimization",
+            "NeurIPS 2018",
+            "https://arxiv.org/abs/1810.04650",
+        ),
+        reads="gram",
+        scale="mean",
+        promises="symmetric rotates scales never_conflicts stationary agrees"
+        " ignores_absent",
+    ),
+    "upgrad": _row(
+        upgrad.upgrad,
+        "conflict",
+        (
+            "Jacobian Descent for Multi-Objective Optimization",
+            "2024",
+            "https://arxiv.org/abs/2406.16232",
+        ),
+        reads="gram",
+        scale="mean",
+        promises="symmetric rotates scales linear_in_scales never_conflicts stationary"
+        " agrees ignores_absent",
+    ),
+    # Balance: the magnitudes of the gradients.
+    "sam_gs": _row(
+        sam_gs.sam_gs,
+        "balance",
+        (
+            "Gradient Similarity Surgery in Multi-Task Deep Learning",
+            "2025",
+            "https://arxiv.org/abs/2506.06130",
+        ),
+        reads="gradients",
+        scale="own",
+        state="T x P",
+        promises="symmetric ignores_absent",
+        num_tasks=True,
+    ),
+    "fairgrad": _row(
+        fairgrad.fairgrad,
+        "balance",
+        (
+            "Fair Resource Allocation in Multi-Task Learning",
+            "ICML 2024",
+            "https://arxiv.org/abs/2402.15638",
+        ),
+        reads="gram",
+        scale="own",
+        promises="symmetric rotates never_conflicts stationary agrees ignores_absent",
+    ),
+    "imtl_g": _row(
+        imtl_g.imtl_g,
+        "balance",
+        (
+            "Towards Impartial Multi-task Learning",
+            "ICLR 2021",
+            "https://openreview.net/forum?id=IMPnRXEWpvr",
+        ),
+        reads="gram",
+        scale="mean",
+        promises="symmetric rotates scales scale_free agrees ignores_absent",
+    ),
+    "nash_mtl": _row(
+        nash_mtl.nash_mtl,
+        "balance",
+        (
+            "Multi-Task Learning as a Bargaining Game",
+            "ICML 2022",
+            "https://arxiv.org/abs/2202.01017",
+        ),
+        reads="gram",
+        scale="own",
+        promises="symmetric rotates scale_free never_conflicts stationary agrees"
+        " ignores_absent",
+    ),
     # Losses: weights from the losses alone, for the price of one backward pass.
     "dwa": _row(
         dwa.dwa,
@@ -110,6 +305,86 @@ METHODS: dict[str, Entry] = {
         scale="sum",
         state="tasks",
         promises="rotates scales linear_in_scales",
+        num_tasks=True,
+    ),
+    "gls": _row(
+        gls.gls,
+        "loss",
+        (
+            "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss"
+            " Strategy for Multi-Task Learning",
+            "CVPR Workshops 2019",
+            "https://arxiv.org/abs/1904.08492",
+        ),
+        reads="losses",
+        scale="own",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "uncertainty_weighting": _row(
+        uncertainty_weighting.uncertainty_weighting,
+        "loss",
+        (
+            "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene"
+            " Geometry and Semantics",
+            "CVPR 2018",
+            "https://arxiv.org/abs/1705.07115",
+        ),
+        reads="losses",
+        scale="own",
+        state="tasks",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+        num_tasks=True,
+    ),
+    # Priority: one task matters more than the others.
+    "cosine_gating": _row(
+        cosine_gating.cosine_gating,
+        "priority",
+        (
+            "Adapting Auxiliary Losses Using Gradient Similarity",
+            "2018",
+            "https://arxiv.org/abs/1812.02224",
+        ),
+        reads="gram",
+        scale="sum",
+        promises="rotates scales linear_in_scales agrees",
+    ),
+    "priority_projection": _row(
+        priority_projection.priority_projection,
+        "priority",
+        (
+            "Efficient Lifelong Learning with A-GEM",
+            "ICLR 2019",
+            "https://arxiv.org/abs/1812.00420",
+        ),
+        reads="gram",
+        scale="sum",
+        promises="rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    # Robust: averages that a few wrong gradients do not move far.
+    "krum": _row(
+        _krum,
+        "robust",
+        (
+            "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
+            "NeurIPS 2017",
+            "https://arxiv.org/abs/1703.02757",
+        ),
+        reads="gram",
+        scale="mean",
+        promises="rotates scales agrees",
+        num_tasks=True,
+    ),
+    "trimmed_mean": _row(
+        _trimmed_mean,
+        "robust",
+        (
+            "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+            "ICML 2018",
+            "https://arxiv.org/abs/1803.01498",
+        ),
+        reads="gradients",
+        scale="mean",
+        promises="symmetric scales agrees ignores_absent",
         num_tasks=True,
     ),
 }

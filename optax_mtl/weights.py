@@ -1,7 +1,41 @@
 """Weights of the tasks as pure functions of small arrays, by short names."""
 
+from optax_mtl.methods.aligned_mtl import aligned_mtl_weights as aligned_mtl
 from optax_mtl.methods.cagrad import cagrad_weights as cagrad
+from optax_mtl.methods.config import config_weights as config
+from optax_mtl.methods.cosine_gating import cosine_gating_weights as cosine_gating
+from optax_mtl.methods.dualproj import dualproj_weights as dualproj
 from optax_mtl.methods.dwa import dwa_weights as dwa
+from optax_mtl.methods.fairgrad import fairgrad_weights as fairgrad
+from optax_mtl.methods.gls import gls_weights as gls
+from optax_mtl.methods.gradvac import gradvac_weights as gradvac
+from optax_mtl.methods.imtl_g import imtl_g_weights as imtl_g
+from optax_mtl.methods.krum import krum_weights as krum
+from optax_mtl.methods.mgda import mgda_weights as mgda
+from optax_mtl.methods.nash_mtl import nash_mtl_weights as nash_mtl
 from optax_mtl.methods.pcgrad import pcgrad_weights as pcgrad
+from optax_mtl.methods.priority_projection import (
+    priority_projection_weights as priority_projection,
+)
+from optax_mtl.methods.random_weights import draw as random
+from optax_mtl.methods.upgrad import upgrad_weights as upgrad
 
-__all__ = ["cagrad", "dwa", "pcgrad"]
+__all__ = [
+    "aligned_mtl",
+    "cagrad",
+    "config",
+    "cosine_gating",
+    "dualproj",
+    "dwa",
+    "fairgrad",
+    "gls",
+    "gradvac",
+    "imtl_g",
+    "krum",
+    "mgda",
+    "nash_mtl",
+    "pcgrad",
+    "priority_projection",
+    "random",
+    "upgrad",
+]
