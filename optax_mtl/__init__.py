@@ -14,6 +14,9 @@ from optax_mtl.catalog import METHODS as METHODS
 from optax_mtl.catalog import Entry as Entry
 from optax_mtl.catalog import get as get
 from optax_mtl.gradients import value_and_grad as value_and_grad
+from optax_mtl.gradients import (
+    value_and_grad_at_features as value_and_grad_at_features,
+)
 from optax_mtl.gradients import value_and_task_grads as value_and_task_grads
 from optax_mtl.methods.aligned_mtl import aligned_mtl as aligned_mtl
 from optax_mtl.methods.cagrad import cagrad as cagrad

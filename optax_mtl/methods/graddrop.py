@@ -1,0 +1,109 @@
+"""Gradient sign dropout."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_mtl import base, tasks
+
+
+class GradDropState(NamedTuple):
+    """State of :func:`graddrop`."""
+
+    key: jax.Array  # For the signs.
+
+
+def graddrop(
+    *,
+    leak: jax.typing.ArrayLike = 0.0,
+    keep: Callable[[jax.Array], jax.Array] = lambda purity: purity,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gradient sign dropout (GradDrop): just pick a sign, in each coordinate.
+
+    Keeps in each coordinate the entries of one sign, which is positive with the
+    probability :math:`f(P)` of the positive sign purity :math:`P`:
+
+    .. math::
+
+      P = \frac12 \left( 1 + \frac{\sum_i g_i}{\sum_i |g_i|} \right), \quad
+      d = \sum_i (\ell_i + (1 - \ell_i) k_i) \, g_i,
+
+    where :math:`k_i` is 1 for entries of the sign picked, and 0 for the others. With
+    the identity for :math:`f` the expectation of :math:`d` is
+    :math:`\sum_i g_i`.
+
+    Args:
+      leak: :math:`\ell`, the share of a gradient that is always kept, between 0 and
+        1, one for all tasks or shape ``(T,)``.
+      keep: :math:`f`, from purities to probabilities.
+      key: seed or typed random key.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      ValueError: for a ``leak`` outside 0 to 1 or of another length than T.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = jnp.array([[1.0, -4.0, 3.0], [1.0, -2.0, -1.0]])
+      >>> method = optax_mtl.graddrop()
+      >>> state, params = method.init(jnp.zeros(3)), jnp.zeros(3)
+      >>> for _ in range(100):
+      ...   update, state = method.update(updates, state)
+      ...   params += update / 100
+      >>> print(f"{params[0]:.0f} {params[1]:.0f} {params[2]:.1f}")
+      2 -6 2.0
+
+    References:
+      Chen et al, `Just Pick a Sign: Optimizing Deep Multitask Models with Gradient
+      Sign Dropout <https://arxiv.org/abs/2010.06808>`_, NeurIPS 2020
+
+    .. note::
+      The paper resolves gradients at the shared features. To do so, give this
+      method to :func:`~optax_mtl.value_and_grad_at_features`.
+    """
+    if not isinstance(leak, jax.core.Tracer):
+        leak = np.asarray(leak)
+        if leak.ndim > 1 or not np.all((leak >= 0) & (leak <= 1)):
+            raise ValueError(
+                f"leak {leak} should hold one number between 0 and 1, or one for each"
+                " task"
+            )
+
+    def init_fn(params):
+        del params
+        return GradDropState(base.make_key(key))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        num_tasks = tasks.check_stacked(updates, params)
+        if num_tasks is None:
+            return updates, state
+        leaks = base.broadcast_preference(jnp.asarray(leak), num_tasks)
+        key, leaf_key = jax.random.split(state.key)
+        keys = optax.tree.split_key_like(leaf_key, updates)
+        drop = lambda x, key: _drop_signs(x, key, leaks, keep)
+        new_updates = jax.tree.map(drop, updates, keys)
+        new_state = base.keep_if(base.all_finite(updates), GradDropState(key), state)
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _drop_signs(x, key, leaks, keep):
+    accurate = jnp.promote_types(x.dtype, jnp.float32)
+    g = x.astype(accurate)
+    size = jnp.abs(g).sum(axis=0)
+    purity = (1 + g.sum(axis=0) / jnp.where(size == 0, 1, size)) / 2
+    positive = keep(purity) > jax.random.uniform(key, size.shape, accurate)
+    kept = jnp.where(positive, g > 0, g < 0)
+    leaks = leaks.astype(accurate).reshape(-1, *[1] * (x.ndim - 1))
+    # A product, so that what is not finite is not dropped.
+    return ((leaks + (1 - leaks) * kept) * g).sum(axis=0).astype(x.dtype)

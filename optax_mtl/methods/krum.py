@@ -1,0 +1,103 @@
+"""Krum and multi-Krum."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, solvers, tasks
+
+
+def krum(
+    num_byzantine: int = 1,
+    *,
+    num_selected: int | None = None,
+    squared: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multi-Krum: the average of the gradients that have the nearest neighbours.
+
+    Of T gradients, up to :math:`f` may be arbitrary. The score of a gradient sums
+    the squared distances to its :math:`T - f - 2` nearest others, and those with the
+    smallest scores are averaged:
+
+    .. math::
+
+      d = \frac{1}{m} \sum_{i \in S} g_i, \quad
+      S = \text{the } m \text{ tasks with the smallest }
+      \sum_{j \in N_i} \|g_i - g_j\|^2.
+
+    Args:
+      num_byzantine: :math:`f`, at most ``T - 3`` unless it is 0.
+      num_selected: :math:`m`, at most T; 1 is Krum. By default ``T - f``.
+      squared: whether the score sums squared distances, as in the paper, or
+        distances.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      ValueError: for numbers that are too small or, at the first update, too large
+        for the number of tasks.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = jnp.array(
+      ...     [[1.0, 1, 1], [1, 0, 1], [75, -666, 23], [1, 2, 3], [2, 0, 1]])
+      >>> method = optax_mtl.krum(num_byzantine=1, num_selected=4)
+      >>> print(method.update(updates, method.init(jnp.zeros(3)))[0])
+      [1.25 0.75 1.5 ]
+
+    References:
+      Blanchard et al, `Machine Learning with Adversaries: Byzantine Tolerant
+      Gradient Descent <https://arxiv.org/abs/1703.02757>`_, NeurIPS 2017
+
+    .. note::
+      Ties go to the task of the lower number. With absent tasks, T is the number of
+      the others; if that is too small, the score is the distance to the nearest.
+    """
+    if num_byzantine < 0 or (num_selected is not None and num_selected < 1):
+        raise ValueError(
+            f"num_byzantine={num_byzantine} should be at least 0, and"
+            f" num_selected={num_selected} at least 1"
+        )
+
+    def weights_fn(gram):
+        return krum_weights(gram, num_byzantine, num_selected, squared)
+
+    return base.from_gram(weights_fn)
+
+
+def krum_weights(
+    gram: jax.Array,
+    num_byzantine: int = 1,
+    num_selected: int | None = None,
+    squared: bool = True,
+) -> jax.Array:
+    """Weights of :func:`krum`, from the Gram matrix of the task gradients."""
+    num_tasks = len(gram)
+    if num_byzantine > max(num_tasks - 3, 0):
+        raise ValueError(
+            f"krum with num_byzantine={num_byzantine} needs at least"
+            f" {num_byzantine + 3} tasks, but there are {num_tasks}; lower"
+            " num_byzantine (0 for any number of tasks)"
+        )
+    if num_selected is not None and num_selected > num_tasks:
+        raise ValueError(
+            f"krum cannot select num_selected={num_selected} of {num_tasks} tasks;"
+            f" lower it to at most {num_tasks}"
+        )
+    gram, _ = solvers.normalize_gram(gram)
+    exists = tasks.present(gram)
+    count = exists.sum()
+    squares = jnp.diagonal(gram)
+    distances = jnp.maximum(squares[:, None] + squares - 2 * gram, 0)
+    distances = distances if squared else jnp.sqrt(distances)
+    others = exists[:, None] & exists & ~jnp.eye(num_tasks, dtype=bool)
+    nearest = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+    neighbours = jnp.clip(count - num_byzantine - 2, 1, jnp.maximum(count - 1, 1))
+    taken = (jnp.arange(num_tasks) < neighbours) & jnp.isfinite(nearest)
+    scores = jnp.where(taken, nearest, 0).sum(axis=1)
+    rank = jnp.argsort(jnp.argsort(jnp.where(exists, scores, jnp.inf)))
+    wanted = count - num_byzantine if num_selected is None else num_selected
+    selected = jnp.clip(wanted, 1, jnp.maximum(count, 1))
+    return jnp.where(exists & (rank < selected), 1 / selected, 0)

@@ -1,0 +1,114 @@
+"""Multiple-gradient descent."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, solvers, tasks
+
+NORMALIZATIONS = ("none", "l2", "loss", "loss+")
+
+
+def mgda(
+    normalization: str = "none",
+    *,
+    apply_to: str = "normalized",
+    preference: jax.typing.ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiple-gradient descent algorithm (MGDA): the shortest convex combination.
+
+    .. math::
+
+      d = \sum_i w_i g_i, \quad w = \operatorname*{argmin}_{w \ge 0, \sum_i w_i = 1}
+      \Big\| \sum_i w_i g_i \Big\|^2
+
+    The result conflicts with no task, :math:`\langle g_i, d \rangle \ge \|d\|^2`,
+    and is zero where no direction improves all of them. Since the shortest
+    combination looks like the shortest gradients, they may be normalised first, to
+    :math:`g_i / s_i`.
+
+    Args:
+      normalization: the divisors :math:`s_i`: ``"none"`` (1), ``"l2"`` (the norm of
+        the gradient), ``"loss"`` (the loss) or ``"loss+"`` (their product).
+      apply_to: what the weights multiply: the ``"normalized"`` gradients, for which
+        no conflict is promised, or the ``"raw"`` ones, as in Sener and Koltun's code.
+      preference: factors of the normalised gradients, shape ``(T,)``. A task with a
+        larger one counts as having longer gradients, and gets less weight; one with
+        0 takes no part.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates. With a
+      normalisation by losses it reads the extra argument ``losses``, shape
+      ``(T,)``, above 0; a loss of exactly 0 then means an absent task.
+
+    Raises:
+      ValueError: for an unknown ``normalization`` or ``apply_to``, and for a
+        negative preference, or one of another length than T.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> method = optax_mtl.mgda()
+      >>> update, _ = method.update(updates, method.init(jnp.zeros(3)))
+      >>> print(jnp.array_str(update, precision=3, suppress_small=True))
+      [0. 1. 1.]
+
+    References:
+      Désidéri, `Multiple-gradient descent algorithm (MGDA) for multiobjective
+      optimization <https://doi.org/10.1016/j.crma.2012.03.014>`_, C. R. Math. 2012
+
+      Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
+      <https://arxiv.org/abs/1810.04650>`_, NeurIPS 2018
+
+    .. note::
+      The weights are exact. Several implementations stop early or at weights of
+      0.999, and may be far from the shortest combination for more than two tasks.
+      The absent tasks are left out; by the letter, they would make the result zero.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"there is no normalization {normalization!r}; choose one of"
+            f" {', '.join(NORMALIZATIONS)}"
+        )
+    if apply_to not in ("normalized", "raw"):
+        raise ValueError(
+            f"apply_to is {apply_to!r}; choose 'normalized' (divided gradients) or"
+            " 'raw' (gradients as they are)"
+        )
+    preference = base.check_preference(preference)
+    by_loss = normalization.startswith("loss")
+
+    def step(state, gram, losses=None):
+        factors = base.preference_among_present(preference, gram)
+        if normalization in ("l2", "loss+"):
+            norms = jnp.sqrt(jnp.diagonal(gram))
+            factors = factors / jnp.where(norms > 0, norms, 1)
+        if by_loss:
+            factors = jnp.where(losses == 0, 0, factors / _nonzero(losses))
+        weights = mgda_weights(gram, factors)
+        return weights * factors if apply_to == "normalized" else weights, state
+
+    reads = ["gram", "losses"] if by_loss else ["gram"]
+    return base.from_state(optax.EmptyState, step, reads=reads)
+
+
+def mgda_weights(gram: jax.Array, factors: jax.Array | None = None) -> jax.Array:
+    """Weights of :func:`mgda` for the gradients times factors.
+
+    Args:
+      gram: Gram matrix of the task gradients, shape ``(T, T)``.
+      factors: what each gradient is multiplied by, shape ``(T,)``; by default 1. A
+        task with 0 takes no part.
+
+    Returns:
+      Array of shape ``(T,)``, which sums to 1.
+    """
+    if factors is not None:
+        gram = gram * factors[:, None] * factors
+    gram, _ = solvers.normalize_gram(gram)
+    return solvers.simplex_qp(gram, mask=tasks.present(gram))
+
+
+def _nonzero(x):
+    return jnp.where(x == 0, 1, x)

@@ -1,0 +1,98 @@
+"""Weighting of losses by uncertainty."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base
+
+# Factors a and b of the objective a exp(-s) L + b s.
+FORMS = {"regression": (0.5, 0.5), "classification": (1.0, 0.5), "tutorial": (1.0, 1.0)}
+
+
+class UncertaintyWeightingState(NamedTuple):
+    """State of :func:`uncertainty_weighting`."""
+
+    log_variances: jax.Array  # One for each task, shape `(T,)`.
+    optimizer_state: Any  # Of the inner optimizer, one for each task.
+
+
+def uncertainty_weighting(
+    num_tasks: int,
+    *,
+    form: str = "regression",
+    optimizer: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Uncertainty weighting: losses divided by a learned variance.
+
+    Learns a log-variance :math:`s_i` for each task along with the model, by descent
+    on
+
+    .. math::
+
+      \sum_i a \, e^{-s_i} L_i + b \, s_i, \quad \text{hence} \quad
+      d = \sum_i a \, e^{-s_i} g_i.
+
+    At the optimum :math:`e^{s_i} = a L_i / b`: each weighted loss equals :math:`b`.
+
+    Args:
+      num_tasks: number of tasks, T.
+      form: :math:`(a, b)`: ``"regression"`` (1/2, 1/2), the form of the paper for
+        continuous targets; ``"classification"`` (1, 1/2), its form for categorical
+        ones; ``"tutorial"`` (1, 1), which is :math:`L_i / \sigma_i^2 +
+        \log \sigma_i^2`.
+      optimizer: for the log-variances, which begin at 0; by default
+        ``optax.adam(0.025)``.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and reads the extra
+      argument ``losses``, shape ``(T,)``. A loss of exactly 0 means an absent task.
+
+    Raises:
+      ValueError: for an unknown form.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_mtl
+      >>> method = optax_mtl.uncertainty_weighting(2, optimizer=optax.sgd(0.1))
+      >>> updates, state = jnp.eye(2), method.init(jnp.zeros(2))
+      >>> for _ in range(2):
+      ...   update, state = method.update(updates, state, losses=jnp.array([4.0, 1]))
+      ...   print(jnp.array_str(update, precision=3))
+      [0.5 0.5]
+      [0.43 0.5 ]
+
+    References:
+      Kendall et al, `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene
+      Geometry and Semantics <https://arxiv.org/abs/1705.07115>`_, CVPR 2018
+
+    .. note::
+      The weights of a step are those before its update of the log-variances. Some
+      implementations begin them at -0.5. Losses should be bounded below by 0.
+    """
+    if form not in FORMS:
+        raise ValueError(f"there is no form {form!r}; choose one of {', '.join(FORMS)}")
+    a, b = FORMS[form]
+    inner = optax.adam(0.025) if optimizer is None else optimizer
+
+    def init_fn():
+        log_variances = jnp.zeros(num_tasks, jnp.float32)
+        return UncertaintyWeightingState(
+            log_variances, jax.vmap(inner.init)(log_variances)
+        )
+
+    def step(state, losses):
+        exists = losses != 0
+        weights = jnp.where(exists, a * jnp.exp(-state.log_variances), 0)
+        grads = (b - weights * losses).astype(state.log_variances.dtype)
+        update, optimizer_state = jax.vmap(inner.update)(
+            grads, state.optimizer_state, state.log_variances
+        )
+        new_state = UncertaintyWeightingState(
+            state.log_variances + update, optimizer_state
+        )
+        return weights, jax.vmap(base.keep_if)(exists, new_state, state)
+
+    return base.from_state(init_fn, step, num_tasks, reads=["losses"])
