@@ -18,6 +18,11 @@ from optax_mtl.gradients import (
     value_and_grad_at_features as value_and_grad_at_features,
 )
 from optax_mtl.gradients import value_and_task_grads as value_and_task_grads
+from optax_mtl.guards import apply_if_finite as apply_if_finite
+from optax_mtl.guards import apply_updates as apply_updates
+from optax_mtl.guards import mean_tasks as mean_tasks
+from optax_mtl.guards import sum_tasks as sum_tasks
+from optax_mtl.guards import zero_nonfinite as zero_nonfinite
 from optax_mtl.methods.aligned_mtl import aligned_mtl as aligned_mtl
 from optax_mtl.methods.cagrad import cagrad as cagrad
 from optax_mtl.methods.config import config as config

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import gradients, tasks
+from optax_mtl import gradients, guards, tasks
 
 
 def accumulate_task_grads(
@@ -243,13 +243,7 @@ def multi_steps(
         step = lambda: tx.update(
             accumulated, state.inner_opt_state, params, **extra_args
         )
-        zeros_like = lambda s, a: jnp.zeros_like(
-            a[0] if a.ndim > s.ndim else a, dtype=s.dtype
-        )
-        wait = lambda: (
-            jax.tree.map(zeros_like, jax.eval_shape(step)[0], accumulated),
-            state.inner_opt_state,
-        )
+        wait = lambda: (guards.zero_outputs(step, accumulated), state.inner_opt_state)
         last = state.mini_step == every_k - 1
         out, inner_opt_state = jax.lax.cond(last, step, wait)
         restart = lambda x: jnp.where(last, jnp.zeros_like(x), x)

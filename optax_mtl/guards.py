@@ -1,0 +1,188 @@
+"""Guards against non-finite gradients, and against a forgotten method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, tasks
+from optax_mtl.methods import linear
+
+
+def apply_if_finite(
+    tx: optax.GradientTransformation, max_consecutive_errors: int
+) -> optax.GradientTransformationExtraArgs:
+    """Skips steps whose task gradients or losses are not finite.
+
+    Wraps a whole chain that begins with a method, as :func:`optax.apply_if_finite`
+    wraps one that does not: instead of a step there are updates of zero, and the
+    state of the chain stays as it was.
+
+    Args:
+      tx: a chain that consumes the task axis.
+      max_consecutive_errors: so many steps in a row are skipped; the next is taken.
+
+    Returns:
+      A gradient transformation whose state is an ``optax.ApplyIfFiniteState``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_mtl
+      >>> chain = optax.chain(optax_mtl.linear(), optax.sgd(1.0))
+      >>> tx = optax_mtl.apply_if_finite(chain, max_consecutive_errors=5)
+      >>> params = jnp.zeros(2)
+      >>> update, state = tx.update(
+      ...     jnp.array([[1.0, 2], [jnp.nan, 0]]), tx.init(params), params
+      ... )
+      >>> print(update, state.total_notfinite)
+      [0. 0.] 1
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params):
+        return optax.apply_if_finite(tx, max_consecutive_errors).init(params)
+
+    def update(updates, state, params=None, *, losses=None, **extra_args):
+        finite = base.all_finite((updates, losses))
+        increment = optax.safe_increment
+        count = jnp.where(finite, 0, increment(state.notfinite_count))
+        step = lambda: tx.update(
+            updates, state.inner_state, params, losses=losses, **extra_args
+        )
+        skip = lambda: (zero_outputs(step, updates), state.inner_state)
+        out, inner_state = jax.lax.cond(
+            finite | (count > max_consecutive_errors), step, skip
+        )
+        total = state.total_notfinite
+        return out, optax.ApplyIfFiniteState(
+            notfinite_count=count,
+            last_finite=finite,
+            total_notfinite=jnp.where(finite, total, increment(total)),
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def zero_outputs(step: Callable[[], Any], updates: optax.Updates) -> optax.Updates:
+    """Zeros like the updates that ``step`` returns, sharded like those it is given."""
+    zeros = lambda out, g: jnp.zeros_like(g[0] if g.ndim > out.ndim else g, out.dtype)
+    return jax.tree.map(zeros, jax.eval_shape(step)[0], updates)
+
+
+def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
+    """Makes tasks absent whose gradients are not finite.
+
+    Comes before a method, which then resolves the other tasks and leaves the
+    statistics of these alone. A method that reads losses needs a loss of 0 there as
+    well: ``losses=jnp.where(jnp.isfinite(losses), losses, 0)``.
+
+    Returns:
+      A gradient transformation from stacked updates to stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_mtl
+      >>> method = optax.chain(optax_mtl.zero_nonfinite(), optax_mtl.cagrad())
+      >>> updates = jnp.array([[3.0, 4], [jnp.nan, 0]])
+      >>> update, _ = method.update(updates, method.init(jnp.zeros(2)))
+      >>> alone, _ = method.update(updates[:1], method.init(jnp.zeros(2)))
+      >>> print(jnp.allclose(update, alone))
+      True
+    """
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if tasks.check_stacked(updates, params) is None:
+            return updates, state
+        finite_entries = lambda g: jnp.isfinite(g).all(axis=tuple(range(1, g.ndim)))
+        finite = jnp.stack(jax.tree.leaves(jax.tree.map(finite_entries, updates)))
+        keep = finite.all(axis=0)
+        expand = lambda g: jnp.expand_dims(keep, tuple(range(1, g.ndim)))
+        return jax.tree.map(lambda g: jnp.where(expand(g), g, 0), updates), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update
+    )
+
+
+def sum_tasks() -> optax.GradientTransformationExtraArgs:
+    """Sums over the task axis: :func:`linear` by the name of what it does.
+
+    For the group of :func:`optax.partition` whose stacked gradients nothing should
+    resolve, such as heads.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_mtl
+      >>> tx = optax.partition(
+      ...     {"trunk": optax_mtl.cagrad(c=0.0), "head": optax_mtl.sum_tasks()},
+      ...     {"trunk": "trunk", "head": "head"},
+      ... )
+      >>> params = {"trunk": jnp.zeros(2), "head": jnp.zeros(2)}
+      >>> updates = {"trunk": jnp.eye(2), "head": jnp.eye(2)}
+      >>> update, _ = tx.update(updates, tx.init(params), params)
+      >>> print(update["trunk"], update["head"])
+      [0.5 0.5] [1. 1.]
+    """
+    return linear.linear()
+
+
+def mean_tasks() -> optax.GradientTransformationExtraArgs:
+    """Averages over the task axis: :func:`mean` by the name of what it does.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.mean_tasks()
+      >>> print(method.update(jnp.eye(2), method.init(None))[0])
+      [0.5 0.5]
+    """
+    return linear.mean()
+
+
+def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """Adds updates to the parameters, and refuses to broadcast.
+
+    Without a method in the chain the updates keep their task axis, and
+    :func:`optax.apply_updates` would broadcast the parameters to it silently.
+
+    Args:
+      params: parameters.
+      updates: a tree of the same structure, shapes and kinds.
+
+    Returns:
+      The updated parameters, in their own dtypes.
+
+    Raises:
+      ValueError: if a shape differs.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> optax_mtl.apply_updates({"w": jnp.zeros(3)}, {"w": jnp.zeros((2, 3))})
+      Traceback (most recent call last):
+      ...
+      ValueError: the update of params['w'] has shape (2, 3), the parameter (3,): \
+begin the chain with a method, such as optax_mtl.linear(), which consumes the task axis
+    """
+
+    def check(path, param, update):
+        if update is not None and jnp.shape(update) != jnp.shape(param):
+            raise ValueError(
+                f"the update of params{jax.tree_util.keystr(path)} has shape"
+                f" {jnp.shape(update)}, the parameter {jnp.shape(param)}: begin the"
+                " chain with a method, such as optax_mtl.linear(), which consumes the"
+                " task axis"
+            )
+
+    jax.tree_util.tree_map_with_path(check, params, updates)
+    return optax.apply_updates(params, updates)
