@@ -1,0 +1,159 @@
+"""Accuracy, diagnostics, CSV logs and figures."""
+
+import csv
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize
+
+from examples.gcd.model import normalize
+
+
+def accuracy(
+    truth: np.ndarray, prediction: np.ndarray, num_known: int, balanced: bool = False
+) -> dict[str, float]:
+    """Accuracy of clusters on all, known (old) and novel (new) classes.
+
+    One assignment of clusters to classes serves all three: the one that matches
+    most samples (Hungarian method).
+
+    Args:
+      truth: class of each unlabelled sample, known classes first.
+      prediction: cluster of each sample.
+      num_known: number of known classes.
+      balanced: average over classes instead of samples ("v2b").
+
+    Returns:
+      `all`, `old` and `new`; NaN for a group without samples.
+    """
+    size = max(prediction.max(), truth.max()) + 1
+    counts = np.zeros((size, size), int)
+    np.add.at(counts, (prediction, truth), 1)
+    clusters, classes = optimize.linear_sum_assignment(counts, maximize=True)
+    matched = np.zeros(size)
+    matched[classes] = counts[clusters, classes]
+    present = np.bincount(truth, minlength=size)
+    old = np.arange(size) < num_known
+
+    def share(group):
+        group = group & (present > 0)
+        if not group.any():
+            return math.nan
+        if balanced:
+            return float((matched[group] / present[group]).mean())
+        return float(matched[group].sum() / present[group].sum())
+
+    return {"all": share(old | ~old), "old": share(old), "new": share(~old)}
+
+
+def gradient_deviation(labelled, total) -> jax.Array:
+    """GDC: one minus the cosine between labelled and total gradient; in [0, 2]."""
+    dot = lambda a, b: sum(
+        jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
+    norms = jnp.sqrt(dot(labelled, labelled)) * jnp.sqrt(dot(total, total))
+    cosine = dot(labelled, total) / jnp.where(norms == 0, 1, norms)
+    return jnp.where(norms == 0, jnp.nan, 1 - jnp.clip(cosine, -1, 1))
+
+
+def subspace_overlap(known: jax.Array, novel: jax.Array, k: int = 16) -> jax.Array:
+    """SOC: share of novel features in the known ones' first k directions; in [0, 1].
+
+    Both are normalised by row and centred at the known mean.
+    """
+    known, novel = normalize(known), normalize(novel)
+    center = known.mean(0, keepdims=True)
+    known, novel = known - center, novel - center
+    _, vectors = jnp.linalg.eigh(known.T @ known)  # Of ascending eigenvalues.
+    projected = novel @ vectors[:, ::-1][:, : min(k, len(known))]
+    return (projected**2).sum() / (novel**2).sum()
+
+
+class Log:
+    """A CSV file; rows from `start` on are dropped when a run is resumed."""
+
+    def __init__(self, path: pathlib.Path, columns: list[str], start: int):
+        self.path = path
+        self.columns = columns
+        rows = [row for row in read(path) if row[columns[0]] < start]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerow(columns)
+        for row in rows:
+            self.write(row)
+
+    def write(self, row: dict[str, float]) -> None:
+        """Appends a row; what is missing or NaN stays empty."""
+        values = [row.get(column, math.nan) for column in self.columns]
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(
+                "" if math.isnan(value) else repr(value) for value in values
+            )
+
+
+def read(path: pathlib.Path) -> list[dict[str, float]]:
+    """Rows of a CSV file of numbers; empty ones are NaN."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {key: float(value or "nan") for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def mean_of(rows: list[dict[str, float]], column: str) -> float:
+    """Mean of a column over the rows that have it; NaN if none has."""
+    values = [row[column] for row in rows if not math.isnan(row[column])]
+    return float(np.mean(values)) if values else math.nan
+
+
+def plot_curves(out: pathlib.Path, title: str) -> None:
+    """Accuracy over epochs, GDC and SOC over the first steps."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5))
+    epochs, steps = read(out / "epochs.csv"), read(out / "steps.csv")
+    for name in "all", "old", "new":
+        x, y = [row["epoch"] for row in epochs], [row[name] for row in epochs]
+        left.plot(x, y, marker=".", label=name.capitalize())
+    left.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1), title=title)
+    left.legend()
+    for axis, name in (middle, "gdc"), (right, "soc"):
+        rows = [row for row in steps if not math.isnan(row[name])]
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows])
+        axis.set(
+            xlabel="step", ylabel=name.upper(), title=f"{name.upper()}, low is good"
+        )
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+def plot_features(
+    out: pathlib.Path,
+    before: np.ndarray,
+    after: np.ndarray,
+    labels: np.ndarray,
+    num_known: int,
+) -> None:
+    """Two principal components of features: of the reference, and after discovery."""
+    import matplotlib.pyplot as plt
+    from sklearn.decomposition import PCA
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))
+    for axis, features, title in (
+        (axes[0], before, "reference model"),
+        (axes[1], after, "after discovery"),
+    ):
+        x, y = PCA(2, random_state=0).fit_transform(features).T
+        for marker, rows in (".", labels < num_known), ("x", labels >= num_known):
+            axis.scatter(
+                x[rows], y[rows], 12, labels[rows], marker, cmap="tab20", linewidths=1
+            )
+        axis.set(title=f"{title} (. known, x novel)", xticks=[], yticks=[])
+    figure.tight_layout()
+    figure.savefig(out / "features.png", dpi=120)
+    plt.close(figure)

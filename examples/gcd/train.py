@@ -1,0 +1,513 @@
+"""Generalized category discovery: SimGCD, with or without gradient coordination.
+
+    python -m examples.gcd.train --method eagc
+
+takes about a minute on a CPU; results are in README.md. Three stages: a reference
+model learns the labelled images; its features give the conceptor of the known
+classes; a model that starts from it learns all images.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tqdm import tqdm
+
+import optax_mtl
+from examples.gcd import config as config_lib
+from examples.gcd import data, model, objective, report
+from examples.gcd.config import Config
+
+# EAGC and its halves, by whether they project and align.
+COORDINATED = {"eagc": (True, True), "aga": (False, True), "eep": (True, False)}
+STEP_COLUMNS = ["step", "supervised", "unsupervised", "labelled_energy", "gdc", "soc"]
+EPOCH_COLUMNS = ["epoch", "all", "old", "new", "soc"]
+
+
+class Images(NamedTuple):
+    """The data, on the device."""
+
+    images: jax.Array
+    labels: jax.Array
+    is_labelled: jax.Array
+    labelled: jax.Array  # Rows of images, and so on.
+    unlabelled: jax.Array
+    novel: jax.Array
+
+
+class Frozen(NamedTuple):
+    """What discovery reads and never changes."""
+
+    reference: Any  # Parameters of the reference backbone.
+    rest: Any  # Parameters of the model that do not train.
+    conceptor: jax.Array
+    key: jax.Array
+
+
+class State(NamedTuple):
+    """What a step of discovery changes."""
+
+    step: jax.Array
+    params: Any
+    method: Any
+    optimizer: Any
+    coordinator: optax_mtl.EAGCState
+
+
+class Experiment(NamedTuple):
+    """The functions of discovery, for one configuration."""
+
+    init: Callable[..., tuple[State, Frozen]]  # From reference backbone and images.
+    step: Callable[..., tuple[State, dict]]  # From state, frozen, images, diagnose.
+    before: Callable[..., jax.Array]  # Features, from frozen.reference and x.
+    after: Callable[
+        ..., tuple[jax.Array, jax.Array]
+    ]  # Features and classes, from state, frozen, x.
+    steps_per_epoch: int
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Runs what the command line says; returns the results."""
+    config = config_lib.parse(argv)
+    out = pathlib.Path(config.out)
+    started = time.time()
+    split, images = prepare(config)
+    reference = make_reference(config, split)
+    experiment = make_experiment(config, split)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(
+        out.absolute() / "checkpoints", options=options
+    ) as saved:
+        epoch = saved.latest_step()
+        _check_out(out, config, epoch)
+        if epoch is None:
+            train_reference(config, reference, images)
+        state, frozen = experiment.init(nnx.state(reference.backbone), images)
+        if epoch is None:
+            epoch = 0
+            saved.save(0, args=ocp.args.StandardSave((state, frozen)))
+        else:
+            like = ocp.args.StandardRestore((state, frozen))
+            state, frozen = saved.restore(epoch, args=like)
+        discover(config, experiment, split, images, state, frozen, epoch, saved)
+
+    results = summarize(out)
+    print(f"{config.method}: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
+    print(f"{time.time() - started:.0f} s; logs and figures are in {out}")
+    return results
+
+
+def prepare(config: Config) -> tuple[data.Split, Images]:
+    """Loads the data, draws the labelled set and moves all to the device."""
+    images, labels = data.load(config.data)
+    if config.backbone_weights and images.shape[-1] == 1:
+        images = np.repeat(images, 3, axis=-1)  # Those backbones saw colour.
+    split = data.make_split(images, labels, config)
+    is_labelled = np.zeros(len(split.labels), bool)
+    is_labelled[split.labelled] = True
+    arrays = (split.images, split.labels, is_labelled)
+    rows = (split.labelled, split.unlabelled, split.novel)
+    return split, Images(*map(jnp.asarray, arrays + rows))
+
+
+def make_reference(config: Config, split: data.Split) -> model.Reference:
+    """The model of the known classes, untrained or with the weights given."""
+    preset, shape, dtype = _sizes(config, split)
+    reference = model.Reference(preset, shape, split.num_known, dtype, config.seed)
+    if config.backbone_weights:
+        model.load_backbone_weights(reference.backbone, config.backbone_weights)
+    return reference
+
+
+def train_reference(config: Config, reference: model.Reference, images: Images) -> None:
+    """Stage 1: trains the reference model in place, on the labelled images only."""
+    trains = _trains(config)
+    graph, params, rest = nnx.split(reference, trains, ...)
+    batch_size = min(config.reference_batch_size, len(images.labelled))
+    steps_per_epoch = len(images.labelled) // batch_size
+    optimizer = _sgd(
+        config.reference_lr,
+        1e-3 * config.reference_lr,
+        config.reference_epochs,
+        steps_per_epoch,
+        weight_decay=1e-4,
+    )
+
+    @jax.jit
+    def step(params, optimizer_state, key, rows):
+        x = _two_views(config, key, images.images[rows])
+        labels = jnp.tile(images.labels[rows], 2)
+
+        def loss_fn(params):
+            network = nnx.merge(graph, params, rest)
+            logits = network.classifier(network.backbone(x))
+            everything = jnp.ones(len(x), bool)
+            return objective.supervised_cross_entropy(logits, labels, everything)
+
+        loss, gradient = jax.value_and_grad(loss_fn)(params)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        return optax.apply_updates(params, updates), optimizer_state, loss
+
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    optimizer_state = jax.jit(optimizer.init)(params)
+    bar = _bar(range(config.reference_epochs), "reference")
+    for epoch in bar:
+        epoch_key = jax.random.fold_in(key, epoch)
+        order = jax.random.permutation(epoch_key, images.labelled)
+        for i in range(steps_per_epoch):
+            rows = order[i * batch_size : (i + 1) * batch_size]
+            params, optimizer_state, loss = step(
+                params, optimizer_state, jax.random.fold_in(epoch_key, i), rows
+            )
+        bar.set_postfix(loss=f"{loss:.3f}")
+    nnx.update(reference, params)
+
+
+def make_experiment(config: Config, split: data.Split) -> Experiment:
+    """The functions of stages 2 and 3."""
+    preset, shape, dtype = _sizes(config, split)
+    network = model.SimGCD(preset, shape, split.num_classes, dtype, config.seed)
+    backbone_graph = nnx.graphdef(network.backbone)
+    graph = nnx.split(network, _trains(config), ...)[0]
+    projects, aligns = COORDINATED.get(config.method, (False, False))
+    method, scale = _method(config.method)
+    steps_per_epoch = max(1, len(split.labels) // config.batch_size)
+    sgd = functools.partial(
+        _sgd,
+        lr_min=1e-3 * config.lr,
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch,
+        weight_decay=config.weight_decay,
+    )
+    optimizer = optax.partition(
+        {"backbone": sgd(config.backbone_lr), "heads": sgd(config.lr)}, _part
+    )
+
+    @jax.jit
+    def before(reference, x):
+        return nnx.merge(backbone_graph, reference)(x)
+
+    @jax.jit
+    def after(state, frozen, x):
+        network = nnx.merge(graph, state.params, frozen.rest)
+        z = network.backbone(x)
+        return z, jnp.argmax(network.heads(z)[0], -1)
+
+    def init(reference_backbone, images):
+        nnx.update(network.backbone, reference_backbone)
+        _, params, rest = nnx.split(network, _trains(config), ...)
+        z = in_batches(
+            lambda x: before(reference_backbone, x), images.images[images.labelled]
+        )
+        conceptor = optax_mtl.fit_conceptor(
+            z, config.aperture, relative=config.relative_aperture
+        )
+        energy = optax_mtl.energy_ratio(z, conceptor).mean()
+        state = State(
+            step=jnp.zeros([], jnp.int32),
+            params=params,
+            method=None if method is None else jax.jit(method.init)(params),
+            optimizer=jax.jit(optimizer.init)(params),
+            coordinator=optax_mtl.EAGCState(energy),
+        )
+        key = jax.random.key(config.seed)
+        # Copies: the training state is donated to each step.
+        reference_backbone = jax.tree.map(jnp.copy, reference_backbone)
+        return state, Frozen(reference_backbone, rest, conceptor, key)
+
+    @functools.partial(jax.jit, static_argnames="diagnose", donate_argnums=0)
+    def step(state, frozen, images, diagnose=False):
+        draw_key, view_key = jax.random.split(
+            jax.random.fold_in(frozen.key, 2 + state.step)
+        )
+        rows = data.draw(
+            draw_key, images.labelled, images.unlabelled, config.batch_size
+        )
+        x = _two_views(config, view_key, images.images[rows])
+        labels = jnp.tile(images.labels[rows], 2)
+        labelled = jnp.tile(images.is_labelled[rows], 2)
+        temperature = objective.teacher_temperature(
+            state.step // steps_per_epoch, config.teacher_warmup_epochs
+        )
+
+        def losses_fn(params):
+            network = nnx.merge(graph, params, frozen.rest)
+            z = network.backbone(x)
+            coordinator = state.coordinator
+            if projects or aligns:
+                weight, coordinator = optax_mtl.eagc_weights(
+                    z,
+                    labelled,
+                    frozen.conceptor,
+                    coordinator,
+                    strength=config.strength * projects,
+                )
+                z = optax_mtl.coordinate(
+                    z,
+                    conceptor=frozen.conceptor,
+                    weight=weight,
+                    reference=before(frozen.reference, x) if aligns else z,
+                    labelled=labelled,
+                    anchor=config.anchor * aligns,
+                )
+            logits, projections = network.heads(z)
+            supervised, unsupervised = objective.supervised_and_unsupervised(
+                logits,
+                projections,
+                labels,
+                labelled,
+                temperature,
+                config.entropy_weight,
+            )
+            share = config.supervised_weight
+            losses = jnp.stack([share * supervised, (1 - share) * unsupervised])
+            return losses, coordinator
+
+        if method is None:
+            losses, pull_back, coordinator = jax.vjp(
+                losses_fn, state.params, has_aux=True
+            )
+            (gradient,) = pull_back(jnp.ones(2))
+            method_state = None
+            (supervised_gradient,) = pull_back(jnp.array([1.0, 0.0]))
+        else:
+            (losses, coordinator), updates = optax_mtl.value_and_task_grads(
+                losses_fn, has_aux=True
+            )(state.params)
+            supervised_gradient = jax.tree.map(lambda g: g[0], updates)
+            gradient, method_state = method.update(
+                updates, state.method, state.params, losses=losses
+            )
+            gradient = jax.tree.map(lambda g: scale * g, gradient)
+
+        updates, optimizer_state = optimizer.update(
+            gradient, state.optimizer, state.params
+        )
+        metrics = {
+            "step": state.step,
+            "supervised": losses[0],
+            "unsupervised": losses[1],
+            "labelled_energy": coordinator.labelled_energy,
+        }
+        if diagnose:
+            last = lambda tree: tree["backbone"]["blocks"][preset.depth - 1]
+            metrics["gdc"] = report.gradient_deviation(
+                last(supervised_gradient), last(gradient)
+            )
+        state = State(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            method=method_state,
+            optimizer=optimizer_state,
+            coordinator=coordinator,
+        )
+        return state, metrics
+
+    return Experiment(init, step, before, after, steps_per_epoch)
+
+
+def discover(
+    config: Config,
+    experiment: Experiment,
+    split: data.Split,
+    images: Images,
+    state: State,
+    frozen: Frozen,
+    epoch: int,
+    saved: ocp.CheckpointManager,
+) -> None:
+    """Stage 3: trains from `epoch` on, with logs, checkpoints and figures."""
+    out = pathlib.Path(config.out)
+    per_epoch = experiment.steps_per_epoch
+    steps = report.Log(out / "steps.csv", STEP_COLUMNS, start=epoch * per_epoch)
+    epochs = report.Log(out / "epochs.csv", EPOCH_COLUMNS, start=epoch + 1)
+    board = _tensorboard(out) if config.tensorboard else None
+
+    bar = _bar(range(epoch, config.epochs), config.method)
+    for epoch in bar:
+        pending = []
+        for number in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            diagnose = number < config.diagnose_steps
+            state, metrics = experiment.step(state, frozen, images, diagnose=diagnose)
+            if diagnose and number % config.soc_every == 0:
+                metrics["soc"] = overlap(experiment, images, state, frozen)
+            pending.append(metrics)
+        rows = [{k: float(v) for k, v in row.items()} for row in pending]
+        for row in rows:
+            steps.write(row)
+
+        done = epoch + 1
+        if done % config.save_every == 0 or done == config.epochs:
+            row = {
+                "epoch": done,
+                **evaluate(experiment, split, images, state, frozen),
+                "soc": overlap(experiment, images, state, frozen),
+            }
+            epochs.write(row)
+            rows.append(row)
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("all", "old", "new")})
+            saved.save(done, args=ocp.args.StandardSave((state, frozen)))
+            saved.wait_until_finished()  # Before the state is donated.
+        if board is not None:
+            for row in rows:
+                for name, value in row.items():
+                    board.add_scalar(
+                        name, value, int(row.get("step", done * per_epoch))
+                    )
+
+    report.plot_curves(out, config.method)
+    before = in_batches(lambda x: experiment.before(frozen.reference, x), images.images)
+    after, _ = in_batches(lambda x: experiment.after(state, frozen, x), images.images)
+    report.plot_features(out, before, after, split.labels, split.num_known)
+
+
+def evaluate(
+    experiment: Experiment,
+    split: data.Split,
+    images: Images,
+    state: State,
+    frozen: Frozen,
+) -> dict[str, float]:
+    """Accuracy on the unlabelled images that it trained on (transductive)."""
+    _, classes = in_batches(
+        lambda x: experiment.after(state, frozen, x), images.images[images.unlabelled]
+    )
+    truth = split.labels[split.unlabelled]
+    return report.accuracy(truth, np.asarray(classes), split.num_known)
+
+
+def overlap(
+    experiment: Experiment, images: Images, state: State, frozen: Frozen
+) -> float:
+    """SOC of the features of labelled and of novel images."""
+    features = lambda x: experiment.after(state, frozen, x)[0]
+    known = in_batches(features, images.images[images.labelled])
+    novel = in_batches(features, images.images[images.novel])
+    return float(jax.jit(report.subspace_overlap)(known, novel))
+
+
+def in_batches(fn: Callable, images: jax.Array, size: int = 256) -> Any:
+    """Applies a function to the plain views of many images, some at a time."""
+    parts = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        count = len(batch)
+        padding = [(0, size - count)] + [(0, 0)] * (batch.ndim - 1)
+        result = fn(data.plain(jnp.pad(batch, padding)))
+        parts.append(jax.tree.map(lambda x, n=count: x[:n], result))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
+def summarize(out: pathlib.Path) -> dict[str, float]:
+    """The last accuracies and the means of GDC and SOC; also as result.json."""
+    last = report.read(out / "epochs.csv")[-1]
+    steps = report.read(out / "steps.csv")
+    results = {name: last[name] for name in ("all", "old", "new")}
+    results |= {name: report.mean_of(steps, name) for name in ("gdc", "soc")}
+    (out / "result.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _two_views(config, key, images):
+    views = [
+        data.view(k, images, config.flip, config.jitter) for k in jax.random.split(key)
+    ]
+    return jnp.concatenate(views)
+
+
+def _method(name):
+    """The transformation for stacked gradients and the factor that makes it a sum."""
+    if name == "sum" or name in COORDINATED:
+        return None, 1
+    entry = optax_mtl.METHODS.get(name)
+    scale = 2 if entry is not None and entry.scale == "mean" else 1
+    return optax_mtl.get(name, num_tasks=2), scale
+
+
+def _sgd(lr, lr_min, epochs, steps_per_epoch, weight_decay):
+    """PyTorch's SGD with momentum, and a cosine that moves once per epoch."""
+
+    def schedule(count):
+        epoch = count // steps_per_epoch
+        return lr_min + (lr - lr_min) * (1 + jnp.cos(math.pi * epoch / epochs)) / 2
+
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, matrices),
+        optax.sgd(schedule, momentum=0.9),
+    )
+
+
+def _part(params):
+    """Which optimizer each parameter has."""
+
+    def part(path, _):
+        first = jax.tree_util.keystr(path[:1], simple=True)
+        return "backbone" if first == "backbone" else "heads"
+
+    return jax.tree_util.tree_map_with_path(part, params)
+
+
+def _sizes(config, split):
+    if config.preset not in model.PRESETS:
+        known = ", ".join(model.PRESETS)
+        raise ValueError(f"--preset {config.preset}: known are {known}")
+    preset = model.PRESETS[config.preset]
+    return preset, split.images.shape[1:], jnp.dtype(config.dtype)
+
+
+def _trains(config):
+    """Filter of the parameters that train."""
+    depth = model.PRESETS[config.preset].depth
+    return lambda path, _: model.is_trainable(path, config.trainable, depth)
+
+
+def _check_out(out, config, epoch):
+    """Refuses to overwrite a run, or to continue it with other settings."""
+    settings = dataclasses.asdict(config)
+    for name in "out", "resume", "tensorboard":
+        del settings[name]
+    file = out / "config.json"
+    if epoch is not None:
+        if not config.resume:
+            raise FileExistsError(
+                f"{out} holds a run up to epoch {epoch}: continue it with --resume or "
+                "choose another --out"
+            )
+        old = json.loads(file.read_text())
+        changed = [name for name in settings if settings[name] != old[name]]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"--resume: the run in {out} has {name} {old[name]!r}, not "
+                f"{settings[name]!r}"
+            )
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _tensorboard(out):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs `pip install tensorboardX`") from error
+    return SummaryWriter(str(out / "tensorboard"))
+
+
+def _bar(epochs, title):
+    return tqdm(epochs, title, unit="epoch", disable=not sys.stderr.isatty())
+
+
+if __name__ == "__main__":
+    main()
