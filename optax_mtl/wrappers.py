@@ -1,10 +1,13 @@
 """Transformations around a method or around a whole chain."""
 
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import tasks
+from optax_mtl import base, tasks
 
 
 def per_task(
@@ -36,6 +39,11 @@ def per_task(
       >>> print(jnp.array_str(update, precision=2))
       [[0.6 0.8]
        [0.  0.5]]
+
+    .. note::
+      A task whose gradient is exactly zero is absent: its update is zero and its
+      state stays as it was, so that the running averages of a task do not decay
+      where its labels are missing.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -46,7 +54,392 @@ def per_task(
     def update(updates, state, params=None, **extra_args):
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
-        update_one = lambda g, s: tx.update(g, s, params, **extra_args)
-        return jax.vmap(update_one)(updates, state)
+        exists = has_gradient(updates)
+        update_one = lambda exists, g, s: _update_if(
+            exists, tx, g, s, params, **extra_args
+        )
+        new_updates, new_state = jax.vmap(update_one)(exists, updates, state)
+        return new_updates, base.keep_if(base.all_finite(updates), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def has_gradient(updates: optax.Updates) -> jax.Array:
+    """Which tasks have a gradient that is not exactly zero, shape ``(T,)``."""
+    nonzero = lambda x: jnp.any(x != 0, axis=tuple(range(1, x.ndim)))
+    return jnp.any(jnp.stack([nonzero(x) for x in jax.tree.leaves(updates)]), axis=0)
+
+
+def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
+    """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
+
+    def scale_leaf(x):
+        return (x * jnp.expand_dims(factors, range(1, x.ndim))).astype(x.dtype)
+
+    return jax.tree.map(scale_leaf, updates)
+
+
+def update_each(
+    exists: jax.Array,
+    optimizer: optax.GradientTransformation,
+    gradient: jax.Array,
+    state: optax.OptState,
+    values: jax.Array,
+) -> tuple[jax.Array, optax.OptState]:
+    """One step of an optimizer on one number for each task, such as its weight.
+
+    Args:
+      exists: tasks that take part; the others keep their value and state.
+      optimizer: any optimizer; sees each number on its own.
+      gradient: shape ``(T,)``.
+      state: of the optimizer, ``jax.vmap(optimizer.init)(values)`` at first.
+      values: shape ``(T,)``.
+
+    Returns:
+      The new values and the new state.
+    """
+    update_one = lambda exists, g, s, value: _update_if(exists, optimizer, g, s, value)
+    steps, state = jax.vmap(update_one)(exists, gradient, state, values)
+    return values + steps, state
+
+
+def _update_if(exists, tx, update, state, params, **extra_args):
+    """The update and new state of a transformation; zero and the old if absent."""
+    new_update, new_state = tx.update(update, state, params, **extra_args)
+    choose = lambda new, old: jnp.where(exists, new, 0).astype(old.dtype)
+    return (
+        jax.tree.map(choose, new_update, update),
+        base.keep_if(exists, new_state, state),
+    )
+
+
+def log_losses() -> optax.GradientTransformationExtraArgs:
+    r"""Turns the gradients of the losses into those of their logarithms.
+
+    .. math::
+
+      g_i \leftarrow \frac{g_i}{L_i}
+
+    In front of a method, this makes it indifferent to the units of the losses.
+
+    Returns:
+      A gradient transformation from stacked updates to stacked updates that reads
+      the extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
+      means an absent task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_mtl
+      >>> method = optax.chain(optax_mtl.log_losses(), optax_mtl.linear())
+      >>> updates, losses = jnp.array([[4.0, 2], [3, 3]]), jnp.array([2.0, 1])
+      >>> state = method.init(jnp.zeros(2))
+      >>> print(method.update(updates, state, losses=losses)[0])
+      [5. 4.]
+    """
+
+    def update(updates, state, params=None, *, losses=None, **extra_args):
+        del extra_args
+        count = tasks.check_stacked(updates, params)
+        if count is None:
+            return updates, state
+        losses = tasks.stack_losses(losses, count)
+        return scale_tasks(reciprocal(losses), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """One over each entry, and 0 for an entry of 0: that of an absent task."""
+    return jnp.where(x != 0, 1 / jnp.where(x != 0, x, 1), 0)
+
+
+def _weigh(method, count, updates, state, **extra_args):
+    """The weights of a method, which tasks are present, and its new state."""
+    call = lambda compute, state: method.update(
+        tasks.GramView(count, compute), state, **extra_args
+    )
+    asked = []
+
+    def probe():
+        asked.append(True)
+        return jnp.eye(count)
+
+    jax.eval_shape(lambda state: call(probe, state), state)
+    exists = jnp.ones(count, bool)
+    if asked:
+        gram = tasks.gram(updates)
+        exists = tasks.present(gram)
+    elif extra_args.get("losses") is not None:
+        exists = tasks.stack_losses(extra_args["losses"], count) != 0
+    weights, state = call(lambda: gram, state)
+    # Weights that are not finite are passed on whatever the task.
+    return weights, exists | ~jnp.isfinite(weights), state
+
+
+class SmoothWeightsState(NamedTuple):
+    """State of :func:`smooth_weights`."""
+
+    seen: jax.Array  # Whether the task has been seen, shape `(T,)`.
+    weights: jax.Array  # Smoothed weights, shape `(T,)`.
+    inner: optax.OptState  # Of the method.
+
+
+def smooth_weights(
+    method: optax.GradientTransformationExtraArgs,
+    num_tasks: int,
+    decay: jax.typing.ArrayLike = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Averages the weights of a method over the steps (CR-MOGM).
+
+    .. math::
+
+      \lambda_t = a \lambda_{t-1} + (1 - a) w_t, \quad d = \sum_i \lambda_{t,i} g_i
+
+    with :math:`\lambda_0 = w_0`. The weights of one batch follow its noise, and are
+    correlated with it; the average is not.
+
+    Args:
+      method: any method that makes its weights from inner products or losses; not
+        from the gradients themselves.
+      num_tasks: number of tasks, T.
+      decay: :math:`a`.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.smooth_weights(optax_mtl.mgda(), 2, decay=0.5)
+      >>> state = method.init(jnp.zeros(2))
+      >>> _, state = method.update(jnp.array([[1.0, 0], [0, 1]]), state)
+      >>> update, _ = method.update(jnp.array([[1.0, 0], [0, 2]]), state)
+      >>> print(jnp.array_str(update, precision=3))
+      [0.65 0.7 ]
+
+    References:
+      Zhou et al, On the Convergence of Stochastic Multi-Objective Gradient
+      Manipulation and Beyond, NeurIPS 2022
+
+    .. note::
+      The paper lets the decay rise towards 1 as the learning rate falls, such as
+      one minus the ratio of the learning rate to the initial one:
+      :func:`optax.inject_hyperparams` takes such a schedule.
+    """
+
+    def init(params):
+        return SmoothWeightsState(
+            seen=jnp.zeros(num_tasks, bool),
+            weights=jnp.zeros(num_tasks),
+            inner=method.init(params),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        count = tasks.check_stacked(updates, params, num_tasks, gram_suffices=True)
+        if count is None:
+            return updates, state
+        weights, exists, inner = _weigh(
+            method, count, updates, state.inner, **extra_args
+        )
+        average = decay * state.weights + (1 - decay) * weights
+        average = jnp.where(state.seen, average, weights)
+        new_state = SmoothWeightsState(
+            seen=state.seen | exists,
+            weights=jnp.where(exists, average, state.weights),
+            inner=inner,
+        )
+        new_state = base.keep_if(base.all_finite(weights), new_state, state)
+        return tasks.combine(jnp.where(exists, average, 0), updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class UpdateEveryState(NamedTuple):
+    """State of :func:`update_every`."""
+
+    count: jax.Array  # Number of steps, scalar.
+    weights: jax.Array  # Of the last step that computed them, shape `(T,)`.
+    inner: optax.OptState  # Of the method.
+
+
+def update_every(
+    method: optax.GradientTransformationExtraArgs, k: int, num_tasks: int
+) -> optax.GradientTransformationExtraArgs:
+    r"""Computes the weights of a method every k steps, and reuses them in between.
+
+    .. math::
+
+      d_t = \sum_i w_i g_{t,i}, \quad w = w(g_{k \lfloor t / k \rfloor})
+
+    In between, the Gram matrix is not computed at all: where the gradients are
+    known through their Gram matrix only, such a step costs one backward pass.
+    Around ``smooth_weights(mgda(), num_tasks)`` this is PSMGD.
+
+    Args:
+      method: any method that makes its weights from inner products or losses; not
+        from the gradients themselves.
+      k: number of steps.
+      num_tasks: number of tasks, T.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.update_every(optax_mtl.mgda(), k=2, num_tasks=2)
+      >>> state = method.init(jnp.zeros(2))
+      >>> _, state = method.update(jnp.array([[1.0, 0], [0, 1]]), state)
+      >>> update, _ = method.update(jnp.array([[1.0, 0], [0, 2]]), state)
+      >>> print(jnp.array_str(update, precision=3))
+      [0.5 1. ]
+
+    References:
+      Xu et al, `PSMGD: Periodic Stochastic Multi-Gradient Descent for Fast
+      Multi-Objective Optimization <https://arxiv.org/abs/2412.10961>`_, AAAI 2025
+
+    .. note::
+      A task that is absent when the weights are computed keeps its last weight, 0
+      at first.
+    """
+
+    def init(params):
+        return UpdateEveryState(
+            count=jnp.zeros([], jnp.int32),
+            weights=jnp.zeros(num_tasks),
+            inner=method.init(params),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        count = tasks.check_stacked(updates, params, num_tasks, gram_suffices=True)
+        if count is None:
+            return updates, state
+
+        def compute():
+            weights, exists, inner = _weigh(
+                method, count, updates, state.inner, **extra_args
+            )
+            weights = weights.astype(state.weights.dtype)
+            return jnp.where(exists, weights, state.weights), inner
+
+        weights, inner = jax.lax.cond(
+            state.count % k == 0, compute, lambda: (state.weights, state.inner)
+        )
+        out = tasks.combine(weights, updates)
+        new_state = UpdateEveryState(
+            optax.safe_increment(state.count), weights=weights, inner=inner
+        )
+        return out, base.keep_if(base.all_finite(out), new_state, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def per_group(
+    method: optax.GradientTransformationExtraArgs,
+    labels: Callable[[str], Hashable] | Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Applies a method to each group of parameters on its own: a layer, a block.
+
+    Conflicts differ from layer to layer, and one Gram matrix for all parameters
+    averages them. Each group has its own Gram matrix, weights and state.
+
+    Args:
+      method: any method.
+      labels: the name of the group of each parameter: a tree of names, or a
+        function of the path of the parameter, such as ``"encoder/layer_1/kernel"``.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = {"a": jnp.array([[1.0], [-1]]), "b": jnp.array([[1.0], [3]])}
+      >>> method = optax_mtl.per_group(optax_mtl.mgda(), lambda path: path)
+      >>> state = method.init({"a": jnp.zeros(1), "b": jnp.zeros(1)})
+      >>> print(method.update(updates, state)[0])
+      {'a': Array([0.], dtype=float32), 'b': Array([1.], dtype=float32)}
+    """
+
+    def partition(tree):
+        names = labels
+        if callable(labels):
+            name = lambda path, _: labels(
+                jax.tree_util.keystr(path, simple=True, separator="/")
+            )
+            names = jax.tree_util.tree_map_with_path(name, tree)
+        return optax.partition(dict.fromkeys(jax.tree.leaves(names), method), names)
+
+    def init(params):
+        return partition(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        tasks.check_stacked(updates, params)
+        return partition(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_sharded_parameters(
+    method: optax.GradientTransformationExtraArgs,
+    axis_name: str | tuple[str, ...],
+    *,
+    sharded: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Makes a method exact where :func:`jax.shard_map` splits the parameters.
+
+    .. math::
+
+      G = \sum_{s} G^{(s)}, \quad d^{(s)} = \sum_i w_i(G) \, g_i^{(s)}
+
+    over the shards :math:`s`: all devices agree on the weights by one all-reduce of
+    ``T x T`` numbers. Sharded ``jax.jit`` needs no such wrapper.
+
+    Args:
+      method: any method that makes its weights from inner products or losses; not
+        from the gradients themselves.
+      axis_name: axis of the mesh, or axes, over which the parameters are split.
+      sharded: which parameters are split, a mask as in :func:`optax.masked`; the
+        others must be equal on all devices. ``None``: all.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> import optax_mtl
+      >>> from jax.sharding import Mesh, PartitionSpec
+      >>> mesh = Mesh(np.array(jax.devices()[:1]), "shard")
+      >>> method = optax_mtl.with_sharded_parameters(optax_mtl.mgda(), "shard")
+      >>> step = jax.shard_map(
+      ...   lambda updates: method.update(updates, method.init(None))[0],
+      ...   mesh=mesh, in_specs=PartitionSpec(None, "shard"),
+      ...   out_specs=PartitionSpec("shard"),
+      ... )
+      >>> update = step(jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+      >>> print(jnp.array_str(update, precision=3, suppress_small=True))
+      [0. 1. 1.]
+
+    .. note::
+      Gradients must be averaged over the data before, as without this wrapper.
+    """
+
+    def update(updates, state, params=None, **extra_args):
+        count = tasks.check_stacked(updates, params)
+        if count is None:
+            return updates, state
+
+        def compute():
+            mask = sharded(updates) if callable(sharded) else sharded
+            mask = jax.tree.broadcast(True if mask is None else mask, updates)
+            leaves = list(zip(jax.tree.leaves(updates), jax.tree.leaves(mask)))
+            split = [x for x, is_split in leaves if is_split]
+            whole = [x for x, is_split in leaves if not is_split]
+            gram = lambda leaves: tasks.gram(leaves) if leaves else 0
+            return jax.lax.psum(gram(split), axis_name) + gram(whole)
+
+        view = tasks.GramView(count, compute)
+        weights, state = method.update(view, state, **extra_args)
+        return tasks.combine(weights, updates), state
+
+    return optax.GradientTransformationExtraArgs(method.init, update)
