@@ -23,21 +23,33 @@ from optax_mtl.guards import apply_updates as apply_updates
 from optax_mtl.guards import mean_tasks as mean_tasks
 from optax_mtl.guards import sum_tasks as sum_tasks
 from optax_mtl.guards import zero_nonfinite as zero_nonfinite
+from optax_mtl.methods.adatask import adatask as adatask
 from optax_mtl.methods.aligned_mtl import aligned_mtl as aligned_mtl
 from optax_mtl.methods.cagrad import cagrad as cagrad
 from optax_mtl.methods.config import config as config
 from optax_mtl.methods.cosine_gating import cosine_gating as cosine_gating
+from optax_mtl.methods.db_mtl import db_mtl as db_mtl
 from optax_mtl.methods.dualproj import dualproj as dualproj
 from optax_mtl.methods.dwa import dwa as dwa
+from optax_mtl.methods.excess_mtl import excess_mtl as excess_mtl
 from optax_mtl.methods.fairgrad import fairgrad as fairgrad
+from optax_mtl.methods.famo import famo as famo
+from optax_mtl.methods.famo import famo_update as famo_update
 from optax_mtl.methods.gls import gls as gls
 from optax_mtl.methods.graddrop import graddrop as graddrop
+from optax_mtl.methods.gradnorm import gradnorm as gradnorm
 from optax_mtl.methods.gradvac import gradvac as gradvac
+from optax_mtl.methods.imtl import imtl as imtl
 from optax_mtl.methods.imtl_g import imtl_g as imtl_g
+from optax_mtl.methods.imtl_l import imtl_l as imtl_l
+from optax_mtl.methods.inverse_norm import inverse_norm as inverse_norm
 from optax_mtl.methods.krum import krum as krum
 from optax_mtl.methods.linear import linear as linear
 from optax_mtl.methods.linear import mean as mean
+from optax_mtl.methods.m_config import m_config as m_config
 from optax_mtl.methods.mgda import mgda as mgda
+from optax_mtl.methods.moco import moco as moco
+from optax_mtl.methods.modo import modo as modo
 from optax_mtl.methods.nash_mtl import nash_mtl as nash_mtl
 from optax_mtl.methods.pcgrad import pcgrad as pcgrad
 from optax_mtl.methods.priority_projection import (
@@ -45,11 +57,15 @@ from optax_mtl.methods.priority_projection import (
 )
 from optax_mtl.methods.random_weights import random_weights as random_weights
 from optax_mtl.methods.sam_gs import sam_gs as sam_gs
+from optax_mtl.methods.scale_invariant import scale_invariant as scale_invariant
+from optax_mtl.methods.sdmgrad import sdmgrad as sdmgrad
+from optax_mtl.methods.stch import stch as stch
 from optax_mtl.methods.trimmed_mean import trimmed_mean as trimmed_mean
 from optax_mtl.methods.uncertainty_weighting import (
     uncertainty_weighting as uncertainty_weighting,
 )
 from optax_mtl.methods.upgrad import upgrad as upgrad
+from optax_mtl.methods.uw_so import uw_so as uw_so
 from optax_mtl.tasks import Conflicts as Conflicts
 from optax_mtl.tasks import GramView as GramView
 from optax_mtl.tasks import combine as combine

@@ -6,10 +6,15 @@ from optax_mtl.methods.config import config_weights as config
 from optax_mtl.methods.cosine_gating import cosine_gating_weights as cosine_gating
 from optax_mtl.methods.dualproj import dualproj_weights as dualproj
 from optax_mtl.methods.dwa import dwa_weights as dwa
+from optax_mtl.methods.excess_mtl import excess_mtl_weights as excess_mtl
 from optax_mtl.methods.fairgrad import fairgrad_weights as fairgrad
+from optax_mtl.methods.famo import famo_weights as famo
 from optax_mtl.methods.gls import gls_weights as gls
 from optax_mtl.methods.gradvac import gradvac_weights as gradvac
 from optax_mtl.methods.imtl_g import imtl_g_weights as imtl_g
+from optax_mtl.methods.imtl_l import init_log_weights as init_log
+from optax_mtl.methods.imtl_l import learn_log_weights as learn_log
+from optax_mtl.methods.inverse_norm import inverse_norm_weights as inverse_norm
 from optax_mtl.methods.krum import krum_weights as krum
 from optax_mtl.methods.mgda import mgda_weights as mgda
 from optax_mtl.methods.nash_mtl import nash_mtl_weights as nash_mtl
@@ -18,7 +23,11 @@ from optax_mtl.methods.priority_projection import (
     priority_projection_weights as priority_projection,
 )
 from optax_mtl.methods.random_weights import draw as random
+from optax_mtl.methods.sdmgrad import sdmgrad_weights as sdmgrad
+from optax_mtl.methods.stch import stch_linear_weights as stch_linear
+from optax_mtl.methods.stch import stch_weights as stch
 from optax_mtl.methods.upgrad import upgrad_weights as upgrad
+from optax_mtl.methods.uw_so import uw_so_weights as uw_so
 
 __all__ = [
     "aligned_mtl",
@@ -27,15 +36,24 @@ __all__ = [
     "cosine_gating",
     "dualproj",
     "dwa",
+    "excess_mtl",
     "fairgrad",
+    "famo",
     "gls",
     "gradvac",
     "imtl_g",
+    "init_log",
+    "inverse_norm",
     "krum",
+    "learn_log",
     "mgda",
     "nash_mtl",
     "pcgrad",
     "priority_projection",
     "random",
+    "sdmgrad",
+    "stch",
+    "stch_linear",
     "upgrad",
+    "uw_so",
 ]

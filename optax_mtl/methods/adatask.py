@@ -1,0 +1,50 @@
+"""Task-aware adaptive learning rates."""
+
+import jax
+import optax
+
+from optax_mtl.methods.linear import linear
+from optax_mtl.wrappers import per_task
+
+
+def adatask(
+    num_tasks: int,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Task-aware adaptive learning rates (AdaTask): Adam for each task.
+
+    With shared moments, a task with large gradients decides the learning rates of
+    all. Here each task has its own:
+
+    .. math::
+
+      d = \sum_i \frac{\hat{m}_i}{\sqrt{\hat{v}_i} + \epsilon}
+
+    Chain it with :func:`optax.scale_by_learning_rate`, not with another Adam.
+
+    Args:
+      num_tasks: number of tasks, T.
+      b1: decay of the first moments.
+      b2: decay of the second moments.
+      eps: added to the denominator.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.adatask(num_tasks=2)
+      >>> updates, state = jnp.array([[3.0, -1], [100, 50]]), method.init(jnp.zeros(2))
+      >>> update, _ = method.update(updates, state)
+      >>> print(jnp.array_str(update, precision=3, suppress_small=True))
+      [2. 0.]
+
+    References:
+      Yang et al, `AdaTask: A Task-aware Adaptive Learning Rate Approach to
+      Multi-task Learning <https://arxiv.org/abs/2211.15055>`_, AAAI 2023
+    """
+    return optax.chain(per_task(optax.scale_by_adam(b1, b2, eps), num_tasks), linear())

@@ -1,0 +1,82 @@
+"""Dual balancing of losses and gradients."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base
+from optax_mtl.methods.inverse_norm import inverse_norm, inverse_norm_weights
+from optax_mtl.wrappers import log_losses, per_task, reciprocal
+
+
+def db_mtl(
+    num_tasks: int,
+    *,
+    beta: jax.typing.ArrayLike = 0.9,
+    sigma: jax.typing.ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Dual balancing (DB-MTL), of the scales of losses and of gradients.
+
+    Averages the gradients of the logarithms of the losses over the steps, and
+    scales all averages to the norm of the largest:
+
+    .. math::
+
+      Y_i \leftarrow \beta_k Y_i + (1 - \beta_k) \frac{g_i}{L_i}, \quad
+      \beta_k = \frac{\beta}{k^\sigma}, \quad
+      d = \sum_i \frac{\max_j \|Y_j\|}{\|Y_i\|} Y_i
+
+    Args:
+      num_tasks: number of tasks, T.
+      beta: decay of the averages. With ``beta=0`` there are none in the state, and
+        the method reads only the Gram matrix and the losses.
+      sigma: how fast the decay vanishes with the number of steps k of the task.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
+      means an absent task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates, losses = jnp.array([[2.0, 0], [0, 3]]), jnp.array([2.0, 1.0])
+      >>> method = optax_mtl.db_mtl(num_tasks=2, beta=0.0)
+      >>> state = method.init(jnp.zeros(2))
+      >>> print(method.update(updates, state, losses=losses)[0])
+      [3. 3.]
+
+    References:
+      Lin et al, `Dual-Balancing for Multi-Task Learning
+      <https://arxiv.org/abs/2308.12029>`_, 2023
+
+    .. note::
+      As in the authors' code, the averages start at zero and are not corrected for
+      it: the first update is the fraction ``1 - beta`` of its full length.
+    """
+    if isinstance(beta, (int, float)) and beta == 0:
+
+        def weights_fn(state, gram, losses):
+            inverse = reciprocal(losses)
+            log_gram = gram * inverse[:, None] * inverse
+            return inverse_norm_weights(log_gram, "max") * inverse, state
+
+        return base.from_state(
+            optax.EmptyState, weights_fn, num_tasks, reads=["gram", "losses"]
+        )
+    return optax.chain(
+        log_losses(),
+        per_task(scheduled_ema(lambda k: beta / k**sigma), num_tasks),
+        inverse_norm("max"),
+    )
+
+
+def scheduled_ema(decay: optax.Schedule) -> optax.GradientTransformation:
+    """:func:`optax.ema` from zero, with a decay by the number of the step from 1."""
+    make = optax.inject_hyperparams(
+        optax.ema, static_args=("debias", "accumulator_dtype")
+    )
+    return make(
+        decay=lambda count: decay(jnp.asarray(count + 1, jnp.result_type(float))),
+        debias=False,
+    )

@@ -1,0 +1,116 @@
+"""Excess-risk weighting."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, tasks
+
+
+class ExcessMTLState(NamedTuple):
+    """State of :func:`excess_mtl`."""
+
+    squares: optax.Updates  # Sums of the squared gradients, float32, `(T, *p)`.
+    logits: jax.Array  # Logarithms of the weights, largest 0, shape `(T,)`.
+    initial: jax.Array  # First excess risk of each task, 0 before it, `(T,)`.
+
+
+def excess_mtl(
+    num_tasks: int, *, eta: jax.typing.ArrayLike = 1e-2
+) -> optax.GradientTransformationExtraArgs:
+    r"""Excess-risk weighting (ExcessMTL): more weight for tasks far from their optimum.
+
+    Estimates the excess risk of a task, its loss minus the smallest possible one,
+    with a diagonal approximation of the curvature, and raises the weights by it:
+
+    .. math::
+
+      E_i = g_i^\top \operatorname{diag}\Big(\sum_{s \le t} g_{i,s}^2\Big)^{-1/2} g_i,
+      \quad w_i \leftarrow w_i \exp \frac{\eta \, E_i}{E_i(0)}, \quad
+      \sum_i w_i = T
+
+    Tasks whose labels are noisy, with a large loss that cannot fall, are not raised.
+
+    Args:
+      num_tasks: number of tasks, T.
+      eta: step size of the weights.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.excess_mtl(num_tasks=2, eta=1.0)
+      >>> state = method.init(jnp.zeros(2))
+      >>> for scale in [1.0, 0.5]:  # The first task stops, the second goes on.
+      ...   updates = jnp.array([[scale, 0.0], [0.0, 1.0]])
+      ...   update, state = method.update(updates, state)
+      >>> print(jnp.array_str(update, precision=3))
+      [0.435 1.129]
+
+    References:
+      He et al, `Robust Multi-Task Learning with Excess Risks
+      <https://arxiv.org/abs/2402.02009>`_, ICML 2024
+
+    .. note::
+      As in the authors' code, the weights sum to T, in the paper to 1, and the first
+      step does not change them. The paper's curvature has no constant added, the
+      code adds 1e-7 to the sums; here none, so that the scale of the gradients does
+      not matter. Published settings of ``eta`` range from 0.01 to 1.
+    """
+
+    def init(params):
+        zeros = lambda p: jnp.zeros(
+            (num_tasks, *p.shape), jnp.promote_types(p.dtype, jnp.float32)
+        )
+        return ExcessMTLState(
+            squares=jax.tree.map(zeros, params),
+            logits=jnp.zeros(num_tasks),
+            initial=jnp.zeros(num_tasks),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if tasks.check_stacked(updates, params, num_tasks) is None:
+            return updates, state
+        square = lambda g, s: jnp.square(g.astype(s.dtype))
+        squares = jax.tree.map(lambda g, s: s + square(g, s), updates, state.squares)
+        excess = sum(
+            jnp.sum(
+                # A sum of zero has seen nothing but zeros.
+                square(g, s) / jnp.sqrt(jnp.where(s > 0, s, 1)),
+                axis=tuple(range(1, g.ndim)),
+            )
+            for g, s in zip(jax.tree.leaves(updates), jax.tree.leaves(squares))
+        )
+        exists = excess > 0
+        known = state.initial > 0
+        initial = jnp.where(known, state.initial, excess)
+        growth = eta * excess / jnp.where(initial > 0, initial, 1)
+        logits = state.logits + jnp.where(exists & known, growth, 0)
+        finite = base.all_finite(excess)
+        weights = jnp.where(finite, excess_mtl_weights(logits, exists), jnp.nan)
+        new_state = ExcessMTLState(squares, logits - logits.max(), initial)
+        return (
+            tasks.combine(weights, updates),
+            base.keep_if(finite, new_state, state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def excess_mtl_weights(logits: jax.Array, exists: jax.Array) -> jax.Array:
+    """Weights of :func:`excess_mtl`, which sum to the number of tasks present.
+
+    Args:
+      logits: logarithms of the weights, shape ``(T,)``.
+      exists: tasks that are present, shape ``(T,)``.
+
+    Returns:
+      Array of shape ``(T,)``.
+    """
+    softmax = jax.nn.softmax(logits, where=exists)
+    return exists.sum() * jnp.where(exists, softmax, 0)

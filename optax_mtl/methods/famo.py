@@ -1,0 +1,184 @@
+"""Fast adaptive multitask optimization."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, tasks
+from optax_mtl.wrappers import reciprocal, update_each
+
+
+class FAMOState(NamedTuple):
+    """State of :func:`famo`."""
+
+    logits: jax.Array  # Of the weights, shape `(T,)`.
+    losses: jax.Array  # Last loss of each task, 0 before the first, `(T,)`.
+    losses_after: jax.Array  # From `famo_update`; 0 where unknown, `(T,)`.
+    optimizer: optax.OptState  # Of each logit.
+
+
+def famo(
+    num_tasks: int,
+    *,
+    gamma: jax.typing.ArrayLike = 1e-3,
+    min_losses: jax.typing.ArrayLike = 0.0,
+    optimizer: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Fast adaptive multitask optimization (FAMO): all losses fall at equal rates.
+
+    The model follows the gradient of a weighted sum of log losses,
+
+    .. math::
+
+      d = \sum_i w_i g_i, \quad
+      w_i = \frac{z_i / D_i}{\sum_j z_j / D_j}, \quad
+      z = \operatorname{softmax}(\xi), \quad D_i = L_i - b_i,
+
+    and gradient descent moves :math:`\xi` towards tasks whose loss :math:`D_i` fell
+    less in the last step, to :math:`D_i'`, at the price of no further gradient:
+
+    .. math::
+
+      \delta_i = \log D_i - \log D_i', \quad
+      \nabla_{\xi_i} = z_i (\delta_i - \langle z, \delta \rangle) + \gamma \xi_i
+
+    The paper takes :math:`D'` from the same batch after the step. That is what
+    happens if each step ends with :func:`famo_update`. Without it, the losses of the
+    next batch stand in: no extra forward pass, but more noise.
+
+    Args:
+      num_tasks: number of tasks, T.
+      gamma: decay of the logits.
+      min_losses: :math:`b`, lower bounds of the losses, one number or shape
+        ``(T,)``.
+      optimizer: of the logits, which it sees one by one; by default
+        ``optax.adam(0.025)``.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0 means an absent task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> losses, after = jnp.array([2.0, 0.5, 1.0]), jnp.array([1.5, 0.45, 1.05])
+      >>> method = optax_mtl.famo(num_tasks=3)
+      >>> state = method.init(jnp.zeros(3))
+      >>> weights, state = method.update(jnp.eye(3), state, losses=losses)
+      >>> print(jnp.array_str(weights, precision=3))
+      [0.143 0.571 0.286]
+      >>> state = optax_mtl.famo_update(state, after)  # The same batch, after the step.
+      >>> weights, state = method.update(jnp.eye(3), state, losses=losses)
+      >>> print(jnp.array_str(weights, precision=3))
+      [0.137 0.575 0.288]
+
+    References:
+      Liu et al, `FAMO: Fast Adaptive Multitask Optimization
+      <https://arxiv.org/abs/2306.03792>`_, NeurIPS 2023
+
+    .. note::
+      The authors' code and scripts use ``gamma`` from 1e-5 to 1e-2. Differences
+      :math:`D_i` below 1e-8 count as 1e-8.
+    """
+    optimizer = optax.adam(0.025) if optimizer is None else optimizer
+
+    def init_fn():
+        logits = jnp.zeros(num_tasks)
+        return FAMOState(
+            logits=logits,
+            losses=jnp.zeros(num_tasks),
+            losses_after=jnp.zeros(num_tasks),
+            optimizer=jax.vmap(optimizer.init)(logits),
+        )
+
+    def step(state, losses):
+        known = jnp.any(state.losses_after != 0)
+        after = jnp.where(known, state.losses_after, losses)
+        seen = (state.losses != 0) & (after != 0) & jnp.isfinite(after)
+        fall = jnp.log(_above(state.losses, min_losses) / _above(after, min_losses))
+        gradient = famo_gradient(state.logits, jnp.where(seen, fall, 0), seen)
+        logits, opt_state = update_each(
+            seen,
+            optimizer,
+            gradient + gamma * state.logits,
+            state.optimizer,
+            state.logits,
+        )
+        new_state = FAMOState(
+            logits=logits,
+            losses=jnp.where(losses != 0, losses, state.losses),
+            losses_after=jnp.zeros(num_tasks),
+            optimizer=opt_state,
+        )
+        return famo_weights(logits, losses, min_losses), new_state
+
+    return base.from_state(init_fn, step, num_tasks, reads=["losses"])
+
+
+def famo_update(state: Any, losses: Any) -> Any:
+    """Tells :func:`famo` the losses of the last batch after the step.
+
+    Args:
+      state: state of the method, or of any chain that contains it.
+      losses: losses of the batch of the last step with the new parameters: shape
+        ``(T,)`` or a dict of scalars.
+
+    Returns:
+      The state, with the losses that the next update is to learn from.
+
+    Raises:
+      ValueError: if there is no state of :func:`famo` in it.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_mtl
+      >>> chain = optax.chain(optax_mtl.famo(num_tasks=2), optax.adamw(1e-3))
+      >>> state = chain.init(jnp.zeros(3))
+      >>> state = optax_mtl.famo_update(state, jnp.array([1.0, 2.0]))
+      >>> print(optax.tree.get(state, "losses_after"))
+      [1. 2.]
+    """
+    is_famo = lambda x: isinstance(x, FAMOState)
+    leaves = jax.tree.leaves(state, is_leaf=is_famo)
+    if not any(map(is_famo, leaves)):
+        raise ValueError("there is no state of optax_mtl.famo in this state")
+
+    def record(x):
+        if not is_famo(x):
+            return x
+        after = tasks.stack_losses(losses, len(x.logits))
+        return x._replace(losses_after=after.astype(x.losses_after.dtype))
+
+    return jax.tree.map(record, state, is_leaf=is_famo)
+
+
+def famo_weights(
+    logits: jax.Array, losses: jax.Array, min_losses: jax.typing.ArrayLike = 0.0
+) -> jax.Array:
+    """Weights of :func:`famo`, from the logits and the losses, shape ``(T,)``."""
+    exists = losses != 0
+    z = jnp.where(exists, jax.nn.softmax(logits, where=exists), 0)
+    ratios = z / _above(losses, min_losses)
+    return ratios * reciprocal(ratios.sum())
+
+
+def famo_gradient(logits: jax.Array, fall: jax.Array, seen: jax.Array) -> jax.Array:
+    """Gradient by which :func:`famo` learns, without the decay.
+
+    Args:
+      logits: shape ``(T,)``.
+      fall: logarithms of the losses before the step over those after it, ``(T,)``.
+      seen: tasks for which both are known, shape ``(T,)``.
+
+    Returns:
+      Array of shape ``(T,)``.
+    """
+    z = jnp.where(seen, jax.nn.softmax(logits, where=seen), 0)
+    return z * (fall - z @ fall)
+
+
+def _above(losses, min_losses):
+    return jnp.maximum(losses - min_losses, 1e-8)

@@ -1,0 +1,69 @@
+"""Impartial multi-task learning, gradients and losses together."""
+
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, tasks
+from optax_mtl.methods.imtl_g import imtl_g_weights
+from optax_mtl.methods.imtl_l import init_log_weights, learn_log_weights
+
+
+def imtl(
+    num_tasks: int, *, optimizer: optax.GradientTransformation | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Impartial learning by gradients and losses (IMTL), the hybrid.
+
+    Balances the losses with weights :math:`e^{s_i}` as :func:`~optax_mtl.imtl_l`
+    does, and the gradients of the balanced losses as :func:`~optax_mtl.imtl_g` does:
+
+    .. math::
+
+      d = \sum_i \alpha_i e^{s_i} g_i, \quad
+      \left\langle d, \frac{g_i}{\|g_i\|} \right\rangle \text{ equal for all } i,
+      \quad \sum_i \alpha_i = 1
+
+    The direction is that of :func:`~optax_mtl.imtl_g`; the losses decide the length.
+
+    Args:
+      num_tasks: number of tasks, T.
+      optimizer: of the logarithms :math:`s` of the loss weights, which it sees one
+        by one; by default ``optax.adam(0.025)``.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
+      means an absent task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates, losses = jnp.array([[2.0, 0], [0, 1]]), jnp.array([0.5, 2])
+      >>> method = optax_mtl.imtl(num_tasks=2)
+      >>> state = method.init(jnp.zeros(2))
+      >>> for _ in range(2):
+      ...   update, state = method.update(updates, state, losses=losses)
+      >>> print(jnp.array_str(update, precision=3))
+      [0.667 0.667]
+
+    References:
+      Liu et al, `Towards Impartial Multi-task Learning
+      <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021
+
+    .. note::
+      Heads get their gradients multiplied by :math:`e^{s_i}` in the paper; with
+      :func:`optax.partition` that is :func:`~optax_mtl.imtl_l` for the heads.
+    """
+    optimizer = optax.adam(0.025) if optimizer is None else optimizer
+
+    def step(state, gram, losses):
+        exists = tasks.present(gram) & (losses != 0)
+        scales = jnp.where(exists, jnp.exp(state.log_weights), 0)
+        weights = scales * imtl_g_weights(gram * scales[:, None] * scales)
+        return weights, learn_log_weights(state, optimizer, losses, exists)
+
+    return base.from_state(
+        lambda: init_log_weights(num_tasks, optimizer),
+        step,
+        num_tasks,
+        reads=["gram", "losses"],
+    )

@@ -1,0 +1,126 @@
+"""Momentum conflict-free gradients."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, tasks
+from optax_mtl.methods.config import config_weights
+from optax_mtl.wrappers import has_gradient, scale_tasks
+
+
+class MConFIGState(NamedTuple):
+    """State of :func:`m_config`."""
+
+    first: optax.Updates  # First moments of the tasks, float32, `(T, *p)`.
+    counts: jax.Array  # Steps of each task, shape `(T,)`.
+    direction: optax.Updates  # The last direction, with its bias as a moment.
+    second: optax.Updates  # Second moment of what the direction averages.
+    count: jax.Array  # Number of directions so far, scalar.
+
+
+def m_config(
+    num_tasks: int,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum conflict-free gradients (M-ConFIG): one task's gradient a step.
+
+    Resolves momenta instead of gradients, so that a step needs new gradients of some
+    tasks only: those of one task after the other cost as little as the plain sum.
+
+    .. math::
+
+      m_i \leftarrow \beta_1 m_i + (1 - \beta_1) g_i \text{ if } g_i \ne 0, \quad
+      d = \operatorname{ConFIG}(\hat{m}_1, \ldots, \hat{m}_T), \quad
+      \frac{d}{\sqrt{\hat{s}} + \epsilon}
+
+    where :math:`\hat{s}` is the second moment, as in Adam, of the gradients of which
+    :math:`d` would be the first moment. Until every task has been seen the update is
+    zero. Chain it with :func:`optax.scale_by_learning_rate`, not with Adam.
+
+    Args:
+      num_tasks: number of tasks, T.
+      b1: decay of the first moments.
+      b2: decay of the second moment.
+      eps: added to the denominator.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates. A gradient of zeros
+      stands for one that was not computed.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.m_config(num_tasks=2)
+      >>> gradients, state = jnp.array([[3.0, 4], [4, 3]]), method.init(jnp.zeros(2))
+      >>> for task in [0, 1, 0]:
+      ...   updates = gradients * jax.nn.one_hot(task, 2)[:, None]
+      ...   update, state = method.update(updates, state)
+      ...   print(jnp.array_str(update, precision=3))
+      [0. 0.]
+      [1. 1.]
+      [1. 1.]
+
+    References:
+      Liu et al, `ConFIG: Towards Conflict-free Training of Physics Informed Neural
+      Networks <https://arxiv.org/abs/2408.11104>`_, ICLR 2025
+    """
+
+    def init(params):
+        wide = lambda p: jnp.promote_types(p.dtype, jnp.float32)
+        zeros = lambda p: jnp.zeros(p.shape, wide(p))
+        stacked_zeros = lambda p: jnp.zeros((num_tasks, *p.shape), wide(p))
+        return MConFIGState(
+            first=jax.tree.map(stacked_zeros, params),
+            counts=jnp.zeros(num_tasks, jnp.int32),
+            direction=jax.tree.map(zeros, params),
+            second=jax.tree.map(zeros, params),
+            count=jnp.zeros([], jnp.int32),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if tasks.check_stacked(updates, params, num_tasks) is None:
+            return updates, state
+        exists, finite = has_gradient(updates), base.all_finite(updates)
+        decay = jnp.where(exists, b1, 1)
+        first = jax.tree.map(
+            lambda m, g: scale_tasks(decay, m) + scale_tasks(1 - decay, g),
+            state.first,
+            updates,
+        )
+        counts = state.counts + exists
+        # No moves before every task was seen, nor where all tasks are absent.
+        moves = jnp.all(counts > 0) & jnp.any(exists)
+
+        bias = lambda decay, count: 1 - decay ** jnp.maximum(count, 1)
+        unbiased = scale_tasks(1 / bias(b1, counts), first)
+        weights = config_weights(tasks.gram(unbiased), jnp.ones(num_tasks))
+        resolved = tasks.combine(weights, unbiased)
+        count = optax.safe_increment(state.count)
+        direction = jax.tree.map(lambda d: d * bias(b1, count), resolved)
+        second = jax.tree.map(
+            lambda s, new, old: b2 * s + (1 - b2) * ((new - b1 * old) / (1 - b1)) ** 2,
+            state.second,
+            direction,
+            state.direction,
+        )
+
+        def step(d, s, g):
+            out = jnp.where(moves, d / (jnp.sqrt(s / bias(b2, count)) + eps), 0)
+            return jnp.where(finite, out, jnp.nan).astype(g.dtype)
+
+        kept = base.keep_if(
+            moves,
+            MConFIGState(first, counts, direction, second, count),
+            state._replace(first=first, counts=counts),
+        )
+        out = jax.tree.map(step, resolved, second, updates)
+        return out, base.keep_if(finite, kept, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,125 @@
+"""Multi-objective gradient correction."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, solvers, tasks
+from optax_mtl.methods.db_mtl import scheduled_ema
+from optax_mtl.methods.modo import move_on_simplex, uniform
+from optax_mtl.wrappers import per_task, reciprocal, scale_tasks
+
+
+class MoCoState(NamedTuple):
+    """State of :func:`moco` beside the tracked gradients."""
+
+    count: jax.Array  # Number of steps, scalar.
+    weights: jax.Array  # Shape `(T,)`, on the simplex.
+
+
+def moco(
+    num_tasks: int,
+    *,
+    beta: jax.typing.ArrayLike = 0.5,
+    gamma: jax.typing.ArrayLike = 0.1,
+    rho: jax.typing.ArrayLike = 0.0,
+    beta_sigma: jax.typing.ArrayLike = 0.5,
+    gamma_sigma: jax.typing.ArrayLike = 0.5,
+    normalize: str | None = None,
+    lambda_map: str = "projection",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multi-objective gradient correction (MoCo).
+
+    Tracks the gradient of each task by an average over the steps, whose bias
+    vanishes, and takes one step per update towards the weights of
+    :func:`~optax_mtl.mgda` for the tracked gradients :math:`Y`:
+
+    .. math::
+
+      Y \leftarrow Y + \beta_k (G - Y), \quad
+      \lambda \leftarrow \Pi_\Delta \big(
+      \lambda - \gamma_k (Y Y^\top + \rho I) \lambda \big), \quad
+      d = Y^\top \lambda
+
+    with :math:`\beta_k = \beta k^{-\sigma_\beta}` and
+    :math:`\gamma_k = \gamma k^{-\sigma_\gamma}`.
+
+    Args:
+      num_tasks: number of tasks, T.
+      beta: step size of the tracking.
+      gamma: step size of the weights; the product with the squared norms of the
+        gradients is what matters.
+      rho: strength of the pull towards equal weights.
+      beta_sigma: exponent of the decay of ``beta``.
+      gamma_sigma: exponent of the decay of ``gamma``.
+      normalize: ``None`` tracks the gradients, as in the paper; ``"loss"`` tracks
+        :math:`L_i g_i / \|g_i\|` and needs losses, as LibMTL does.
+      lambda_map: ``"projection"`` onto the simplex, as in the paper, or
+        ``"softmax"``, as LibMTL does, which keeps the weights near equal.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      ValueError: for another ``normalize`` or ``lambda_map``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.moco(num_tasks=2)
+      >>> updates, state = jnp.array([[2.0, 0], [0, 1]]), method.init(jnp.zeros(2))
+      >>> update, _ = method.update(updates, state)
+      >>> print(jnp.array_str(update, precision=4))
+      [0.4812 0.2594]
+
+    References:
+      Fernando et al, `Mitigating Gradient Bias in Multi-objective Learning: A
+      Provably Convergent Approach <https://arxiv.org/abs/2210.12624>`_, ICLR 2023
+
+    .. note::
+      The tracking starts at zero, so that the first update is the fraction ``beta``
+      of its full length.
+    """
+    if normalize not in (None, "loss"):
+        raise ValueError(f"there is no normalize={normalize!r}; choose None or 'loss'")
+    if lambda_map not in ("projection", "softmax"):
+        raise ValueError(
+            f"there is no lambda_map={lambda_map!r}; choose projection or softmax"
+        )
+    to_simplex = {
+        "projection": solvers.project_simplex,
+        "softmax": lambda v, exists: jax.nn.softmax(v, where=exists),
+    }[lambda_map]
+
+    def init_fn():
+        return MoCoState(jnp.zeros([], jnp.int32), uniform(num_tasks))
+
+    def step(state, gram):
+        exists = tasks.present(gram)
+        size = gamma / (state.count + 1.0) ** gamma_sigma
+        move = lambda w: to_simplex(w - size * (gram @ w + rho * w), exists)
+        weights, stored = move_on_simplex(state.weights, exists, move)
+        return weights, MoCoState(optax.safe_increment(state.count), stored)
+
+    return optax.chain(
+        optax.identity() if normalize is None else _scale_to_losses(),
+        per_task(scheduled_ema(lambda k: 1 - beta / k**beta_sigma), num_tasks),
+        base.from_state(init_fn, step, num_tasks, reads=["gram"]),
+    )
+
+
+def _scale_to_losses():
+    """Gives each gradient the norm of its loss."""
+
+    def update(updates, state, params=None, *, losses=None, **extra_args):
+        del extra_args
+        count = tasks.check_stacked(updates, params)
+        if count is None:
+            return updates, state
+        norms = jnp.sqrt(jnp.diagonal(tasks.gram(updates)))
+        factors = tasks.stack_losses(losses, count) * reciprocal(norms)
+        return scale_tasks(factors, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

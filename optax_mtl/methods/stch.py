@@ -1,0 +1,148 @@
+"""Smooth Tchebycheff scalarization."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base
+from optax_mtl.wrappers import reciprocal
+
+
+class STCHState(NamedTuple):
+    """State of :func:`stch` while it measures the nadir."""
+
+    count: jax.Array  # Steps of each task, up to the end of the window, `(T,)`.
+    total: jax.Array  # Sum of the losses in the window, `(T,)`.
+
+
+def stch(
+    num_tasks: int,
+    mu: jax.typing.ArrayLike = 1.0,
+    *,
+    objective: str = "log",
+    reference: jax.typing.ArrayLike | None = None,
+    preference: jax.typing.ArrayLike | None = None,
+    warmup_steps: int = 100,
+    window: int = 25,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Smooth Tchebycheff scalarization (STCH): a smooth maximum of the losses.
+
+    With the objective ``"log"``, that of the authors' code for deep networks, or
+    ``"linear"``, that of the paper:
+
+    .. math::
+
+      \min_\theta \; T \mu \log \sum_i \exp \frac{\log(L_i / z_i)}{\mu}
+      \qquad \text{or} \qquad
+      \min_\theta \; \mu \log \sum_i \exp \frac{p_i (L_i - z_i)}{\mu}
+
+    Args:
+      num_tasks: number of tasks, T.
+      mu: smoothness; as it vanishes, only the worst task counts.
+      objective: ``"log"`` or ``"linear"``.
+      reference: :math:`z`, one number or shape ``(T,)``. For ``"log"`` the nadir,
+        losses that should be attained alike, by default measured: the method
+        minimises :math:`\sum_i \log L_i` for ``warmup_steps + window`` steps and
+        takes the average loss over the last ``window`` of them. For ``"linear"``
+        the ideal point, by default 0.
+      preference: :math:`p`, shape ``(T,)``, for ``"linear"`` alone; by default
+        ``1 / T`` for each task that is present.
+      warmup_steps: steps before the window. The authors' code takes four epochs.
+      window: steps to average over. The authors' code takes one epoch.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above 0 for ``"log"``. A loss of
+      exactly 0 means an absent task.
+
+    Raises:
+      ValueError: for another objective, for a preference with ``"log"``, and for a
+        negative preference.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> nadir = jnp.array([1.0, 1.0, 2.0])
+      >>> method = optax_mtl.stch(num_tasks=3, reference=nadir)
+      >>> losses = jnp.array([2.0, 0.5, 1.0])
+      >>> print(method.update(jnp.eye(3), method.init(None), losses=losses)[0])
+      [1.  1.  0.5]
+
+    References:
+      Lin et al, `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
+      <https://arxiv.org/abs/2402.19078>`_, ICML 2024
+    """
+    if objective not in ("log", "linear"):
+        raise ValueError(f"there is no objective {objective!r}; choose log or linear")
+    if objective == "log" and preference is not None:
+        raise ValueError("a preference needs objective='linear'")
+    preference = base.check_preference(preference)
+
+    if objective == "linear":
+
+        def linear_fn(losses):
+            exists = jnp.diag((losses != 0).astype(losses.dtype))
+            p = base.preference_among_present(preference, exists, default_total=1.0)
+            z = 0.0 if reference is None else jnp.asarray(reference, losses.dtype)
+            return stch_linear_weights(losses, z, p, mu)
+
+        return base.from_losses(linear_fn)
+
+    if reference is not None:
+        nadir = jnp.asarray(reference, jnp.result_type(float))
+        return base.from_losses(lambda losses: stch_weights(losses, nadir, mu))
+
+    def init_fn():
+        return STCHState(jnp.zeros(num_tasks, jnp.int32), jnp.zeros(num_tasks))
+
+    def step(state, losses):
+        exists = losses != 0
+        known = state.count >= warmup_steps + window
+        nadir = jnp.where(known, state.total / window, 1)
+        weights = jnp.where(
+            jnp.all(known | ~exists),
+            stch_weights(losses, nadir, mu),
+            reciprocal(losses),
+        )
+        counts = exists & ~known
+        in_window = counts & (state.count >= warmup_steps)
+        return weights, STCHState(
+            count=state.count + counts,
+            total=state.total + jnp.where(in_window, losses, 0),
+        )
+
+    return base.from_state(init_fn, step, num_tasks, reads=["losses"])
+
+
+def stch_weights(
+    losses: jax.Array, nadir: jax.Array, mu: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
+    """Weights of :func:`stch` with the objective ``"log"`` and a known nadir."""
+    exists = losses != 0
+    ratios = jnp.log(jnp.where(exists, losses / nadir, 1))
+    softmax = jax.nn.softmax(ratios / mu, where=exists)
+    return exists.sum() * jnp.where(exists, softmax, 0) * reciprocal(losses)
+
+
+def stch_linear_weights(
+    losses: jax.Array,
+    ideal: jax.typing.ArrayLike,
+    preference: jax.Array,
+    mu: jax.typing.ArrayLike = 1.0,
+) -> jax.Array:
+    """Weights of :func:`stch` with the objective ``"linear"``.
+
+    Args:
+      losses: shape ``(T,)``.
+      ideal: losses that cannot be improved, one number or shape ``(T,)``.
+      preference: shape ``(T,)``, 0 for a task that is absent.
+      mu: smoothness.
+
+    Returns:
+      Array of shape ``(T,)``.
+    """
+    exists = preference > 0
+    softmax = jax.nn.softmax(preference * (losses - ideal) / mu, where=exists)
+    return preference * jnp.where(exists, softmax, 0)

@@ -1,0 +1,56 @@
+"""Soft optimal uncertainty weighting."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base
+from optax_mtl.wrappers import reciprocal
+
+
+def uw_so(
+    temperature: jax.typing.ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Soft optimal uncertainty weighting (UW-SO).
+
+    Takes the closed-form optimum of uncertainty weighting, the inverse losses,
+    through a softmax:
+
+    .. math::
+
+      w = \operatorname{softmax}\left(\frac{1}{\tau L}\right)
+
+    Args:
+      temperature: :math:`\tau`, to be tuned; a large one makes the weights equal.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
+      means an absent task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.uw_so()
+      >>> losses = jnp.array([2.0, 0.5, 1.0])
+      >>> update, _ = method.update(jnp.eye(3), method.init(None), losses=losses)
+      >>> print(jnp.array_str(update, precision=3))
+      [0.14  0.629 0.231]
+
+    References:
+      Kirchdorfer et al, `Analytical Uncertainty-Based Loss Weighting in Multi-Task
+      Learning <https://arxiv.org/abs/2408.07985>`_, 2024
+
+    .. note::
+      Written from memory of the paper, without its code at hand.
+    """
+    return base.from_losses(lambda losses: uw_so_weights(losses, temperature))
+
+
+def uw_so_weights(
+    losses: jax.Array, temperature: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
+    """Weights of :func:`uw_so` from the losses, shape ``(T,)``."""
+    exists = losses != 0
+    softmax = jax.nn.softmax(reciprocal(losses) / temperature, where=exists)
+    return jnp.where(exists, softmax, 0)
