@@ -596,7 +596,7 @@ METHODS: dict[str, Entry] = {
         ),
         reads="gram",
         scale="mean",
-        promises="rotates scales agrees",
+        promises="symmetric rotates scales agrees",
         num_tasks=True,
     ),
     "trimmed_mean": _row(

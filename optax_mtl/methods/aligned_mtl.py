@@ -88,5 +88,5 @@ def aligned_mtl_weights(
         rank_of_scale = 0 if scale_mode == "min" else (rank - 1) // 2
         scale = values[jnp.minimum(len(gram) - rank + rank_of_scale, len(gram) - 1)]
     ratios = jnp.where(kept, jnp.sqrt(scale / jnp.where(kept, values, 1)), 0)
-    weights = (vectors * ratios) @ (vectors.T @ preference)
+    weights = vectors @ (ratios * (vectors.T @ preference))
     return jnp.where(tasks.present(gram), weights, 0)

@@ -54,12 +54,13 @@ def graddrop(
       >>> import optax_mtl
       >>> updates = jnp.array([[1.0, -4.0, 3.0], [1.0, -2.0, -1.0]])
       >>> method = optax_mtl.graddrop()
-      >>> state, params = method.init(jnp.zeros(3)), jnp.zeros(3)
-      >>> for _ in range(100):
+      >>> state = method.init(jnp.zeros(3))
+      >>> for _ in range(3):
       ...   update, state = method.update(updates, state)
-      ...   params += update / 100
-      >>> print(f"{params[0]:.0f} {params[1]:.0f} {params[2]:.1f}")
-      2 -6 2.0
+      ...   print(update)
+      [ 2. -6.  3.]
+      [ 2. -6.  3.]
+      [ 2. -6.  3.]
 
     References:
       Chen et al, `Just Pick a Sign: Optimizing Deep Multitask Models with Gradient

@@ -117,24 +117,25 @@ def gradvac_weights(
         pairs = (others != task) & exists & exists[others]
         norm_squared = jnp.sum(coefficients * dots, axis=1)
         # A gradient that others have cancelled has no direction: its cosines are 0.
-        cancelled = (
-            norm_squared <= noise * jnp.sum(jnp.abs(coefficients) * norms, axis=1) ** 2
-        )
+        terms = jnp.abs(coefficients) @ norms
+        cancelled = norm_squared <= noise * terms**2
         norm = jnp.sqrt(jnp.where(cancelled, 0, norm_squared))
         scale = jnp.where(cancelled | ~pairs, 1, norm * norms[others])
         cosine = jnp.where(cancelled | ~pairs, 0, dots[task, others] / scale)
         cosine = jnp.clip(cosine, -1, 1)
         # The target of identical gradients, 1, would be reached nowhere else.
-        target = jnp.clip(targets[task, others], -1 + 1e-6, 1 - 1e-6)
+        old_target = targets[task, others]
+        target = jnp.clip(old_target, -1 + 1e-6, 1 - 1e-6)
         sine = jnp.sqrt(1 - target**2)
         step = norm * (target * jnp.sqrt(1 - cosine**2) - cosine * sine)
         step = step / (jnp.where(pairs, norms[others], 1) * sine)
         step = jnp.where(pairs & (cosine < target), step, 0)
-        new_targets = jnp.where(pairs, (1 - beta) * target + beta * cosine, target)
+        moved = (1 - beta) * target + beta * cosine
+        new_target = jnp.where(pairs, moved, old_target)
         return (
             coefficients.at[task, others].add(step),
             dots + step[:, None] * gram[others],
-            targets.at[task, others].set(new_targets),
+            targets.at[task, others].set(new_target),
         ), None
 
     start = (jnp.eye(len(gram), dtype=gram.dtype), gram, targets)

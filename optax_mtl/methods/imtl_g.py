@@ -63,7 +63,11 @@ def imtl_g_weights(gram: jax.Array, strict_paper: bool = False) -> jax.Array:
         return v / jnp.where(v.sum() == 0, 1, v.sum())
     exists = tasks.present(gram)
     # Cosines: a pseudo-inverse in float32 would drop gradients 1000 times shorter.
-    v = solvers.pinv(tasks.cosine_similarity(gram)) @ exists.astype(gram.dtype)
+    ones = exists.astype(gram.dtype)
+    v = solvers.pinv(tasks.cosine_similarity(gram)) @ ones
+    # Opposite gradients: only rounding errors have a positive projection on both.
+    vanishes = ones @ v <= len(gram) * jnp.finfo(gram.dtype).eps * ones.sum()
+    v = jnp.where(vanishes, 0, v)
     v = jnp.where(exists, v / jnp.where(exists, norms, 1), 0)
     size = jnp.abs(v).sum()
     total = jnp.where(v.sum() > 1e-4 * size, v.sum(), size)

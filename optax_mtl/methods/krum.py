@@ -52,8 +52,8 @@ def krum(
       Gradient Descent <https://arxiv.org/abs/1703.02757>`_, NeurIPS 2017
 
     .. note::
-      Ties go to the task of the lower number. With absent tasks, T is the number of
-      the others; if that is too small, the score is the distance to the nearest.
+      Tasks that tie for the last place share it. With absent tasks, T is the number
+      of the others; if that is too small, the score is the distance to the nearest.
     """
     if num_byzantine < 0 or (num_selected is not None and num_selected < 1):
         raise ValueError(
@@ -90,14 +90,20 @@ def krum_weights(
     exists = tasks.present(gram)
     count = exists.sum()
     squares = jnp.diagonal(gram)
-    distances = jnp.maximum(squares[:, None] + squares - 2 * gram, 0)
+    distances = jnp.maximum(jnp.add.outer(squares, squares) - 2 * gram, 0)
     distances = distances if squared else jnp.sqrt(distances)
-    others = exists[:, None] & exists & ~jnp.eye(num_tasks, dtype=bool)
+    others = jnp.outer(exists, exists) & ~jnp.eye(num_tasks, dtype=bool)
     nearest = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
     neighbours = jnp.clip(count - num_byzantine - 2, 1, jnp.maximum(count - 1, 1))
-    taken = (jnp.arange(num_tasks) < neighbours) & jnp.isfinite(nearest)
-    scores = jnp.where(taken, nearest, 0).sum(axis=1)
-    rank = jnp.argsort(jnp.argsort(jnp.where(exists, scores, jnp.inf)))
+    nearest = jnp.where(jnp.isfinite(nearest), nearest, 0)
+    scores = nearest @ (jnp.arange(num_tasks) < neighbours).astype(gram.dtype)
+    scores = jnp.where(exists, scores, jnp.inf)
     wanted = count - num_byzantine if num_selected is None else num_selected
     selected = jnp.clip(wanted, 1, jnp.maximum(count, 1))
-    return jnp.where(exists & (rank < selected), 1 / selected, 0)
+    # Rounding errors do not decide between equal scores.
+    gap = scores - jnp.sort(scores)[selected - 1]
+    noise = 16 * num_tasks * jnp.finfo(gram.dtype).eps
+    first = exists & (gap < -noise)
+    last = exists & (jnp.abs(gap) <= noise)
+    share = (selected - first.sum()) / jnp.maximum(last.sum(), 1)
+    return (first + last * share) / selected

@@ -105,7 +105,7 @@ def mgda_weights(gram: jax.Array, factors: jax.Array | None = None) -> jax.Array
       Array of shape ``(T,)``, which sums to 1.
     """
     if factors is not None:
-        gram = gram * factors[:, None] * factors
+        gram = gram * jnp.outer(factors, factors)
     gram, _ = solvers.normalize_gram(gram)
     return solvers.simplex_qp(gram, mask=tasks.present(gram))
 
