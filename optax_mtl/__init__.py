@@ -25,12 +25,14 @@ from optax_mtl.guards import sum_tasks as sum_tasks
 from optax_mtl.guards import zero_nonfinite as zero_nonfinite
 from optax_mtl.methods.adatask import adatask as adatask
 from optax_mtl.methods.aligned_mtl import aligned_mtl as aligned_mtl
+from optax_mtl.methods.bloop import bloop as bloop
 from optax_mtl.methods.cagrad import cagrad as cagrad
 from optax_mtl.methods.config import config as config
 from optax_mtl.methods.cosine_gating import cosine_gating as cosine_gating
 from optax_mtl.methods.db_mtl import db_mtl as db_mtl
 from optax_mtl.methods.dualproj import dualproj as dualproj
 from optax_mtl.methods.dwa import dwa as dwa
+from optax_mtl.methods.dynamic_barrier import dynamic_barrier as dynamic_barrier
 from optax_mtl.methods.excess_mtl import excess_mtl as excess_mtl
 from optax_mtl.methods.fairgrad import fairgrad as fairgrad
 from optax_mtl.methods.famo import famo as famo
@@ -47,10 +49,12 @@ from optax_mtl.methods.krum import krum as krum
 from optax_mtl.methods.linear import linear as linear
 from optax_mtl.methods.linear import mean as mean
 from optax_mtl.methods.m_config import m_config as m_config
+from optax_mtl.methods.metabalance import metabalance as metabalance
 from optax_mtl.methods.mgda import mgda as mgda
 from optax_mtl.methods.moco import moco as moco
 from optax_mtl.methods.modo import modo as modo
 from optax_mtl.methods.nash_mtl import nash_mtl as nash_mtl
+from optax_mtl.methods.pcd import pcd as pcd
 from optax_mtl.methods.pcgrad import pcgrad as pcgrad
 from optax_mtl.methods.priority_projection import (
     priority_projection as priority_projection,

@@ -9,12 +9,14 @@ import optax
 from optax_mtl.methods import (
     adatask,
     aligned_mtl,
+    bloop,
     cagrad,
     config,
     cosine_gating,
     db_mtl,
     dualproj,
     dwa,
+    dynamic_barrier,
     excess_mtl,
     fairgrad,
     famo,
@@ -29,10 +31,12 @@ from optax_mtl.methods import (
     krum,
     linear,
     m_config,
+    metabalance,
     mgda,
     moco,
     modo,
     nash_mtl,
+    pcd,
     pcgrad,
     priority_projection,
     random_weights,
@@ -561,6 +565,19 @@ METHODS: dict[str, Entry] = {
         promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
     ),
     # Priority: one task matters more than the others.
+    "bloop": _row(
+        bloop.bloop,
+        "priority",
+        (
+            "Careful with that Scalpel: Improving Gradient Surgery with an EMA",
+            "ICML 2024",
+            "https://arxiv.org/abs/2402.02998",
+        ),
+        reads="gradients",
+        scale="mean",
+        state="P",
+        promises="rotates scales agrees",
+    ),
     "cosine_gating": _row(
         cosine_gating.cosine_gating,
         "priority",
@@ -572,6 +589,49 @@ METHODS: dict[str, Entry] = {
         reads="gram",
         scale="sum",
         promises="rotates scales linear_in_scales agrees",
+    ),
+    "dynamic_barrier": _row(
+        dynamic_barrier.dynamic_barrier,
+        "priority",
+        (
+            "Automatic and Harmless Regularization with Constrained and Lexicographic"
+            " Optimization: A Dynamic Barrier Approach",
+            "NeurIPS 2021",
+            "https://openreview.net/forum?id=817F5yuNAf1",
+        ),
+        reads="gram",
+        scale="own",
+        promises="rotates scales agrees",
+    ),
+    "metabalance": _row(
+        metabalance.metabalance,
+        "priority",
+        (
+            "MetaBalance: Improving Multi-Task Recommendations via Adapting Gradient"
+            " Magnitudes of Auxiliary Tasks",
+            "WWW 2022",
+            "https://arxiv.org/abs/2203.06801",
+        ),
+        reads="gradients",
+        scale="sum",
+        state="tasks",
+        promises="scales agrees",
+        num_tasks=True,
+    ),
+    "pcd": _row(
+        pcd.pcd,
+        "priority",
+        (
+            "Not All Objectives Are Born Equal: Priority-Constrained Descent for"
+            " Hierarchical Multi-Objective Optimization",
+            "TMLR 2026",
+            "https://arxiv.org/abs/2606.29521",
+        ),
+        reads="gram",
+        scale="mean",
+        state="tasks",
+        promises="rotates scales scale_free agrees",
+        num_tasks=True,
     ),
     "priority_projection": _row(
         priority_projection.priority_projection,

@@ -6,6 +6,7 @@ from optax_mtl.methods.config import config_weights as config
 from optax_mtl.methods.cosine_gating import cosine_gating_weights as cosine_gating
 from optax_mtl.methods.dualproj import dualproj_weights as dualproj
 from optax_mtl.methods.dwa import dwa_weights as dwa
+from optax_mtl.methods.dynamic_barrier import dynamic_barrier_weights as dynamic_barrier
 from optax_mtl.methods.excess_mtl import excess_mtl_weights as excess_mtl
 from optax_mtl.methods.fairgrad import fairgrad_weights as fairgrad
 from optax_mtl.methods.famo import famo_weights as famo
@@ -18,6 +19,7 @@ from optax_mtl.methods.inverse_norm import inverse_norm_weights as inverse_norm
 from optax_mtl.methods.krum import krum_weights as krum
 from optax_mtl.methods.mgda import mgda_weights as mgda
 from optax_mtl.methods.nash_mtl import nash_mtl_weights as nash_mtl
+from optax_mtl.methods.pcd import pcd_weights as pcd
 from optax_mtl.methods.pcgrad import pcgrad_weights as pcgrad
 from optax_mtl.methods.priority_projection import (
     priority_projection_weights as priority_projection,
@@ -36,6 +38,7 @@ __all__ = [
     "cosine_gating",
     "dualproj",
     "dwa",
+    "dynamic_barrier",
     "excess_mtl",
     "fairgrad",
     "famo",
@@ -48,6 +51,7 @@ __all__ = [
     "learn_log",
     "mgda",
     "nash_mtl",
+    "pcd",
     "pcgrad",
     "priority_projection",
     "random",
