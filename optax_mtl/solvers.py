@@ -115,7 +115,8 @@ def simplex_cone_program(
 
     # With s the norm of the solution, w minimises w'Mw / 2 + (s / c) b'w. For a given
     # z = (s / c)^2, G(z) = w'Mw is linear in z as long as the same weights are
-    # positive, and G(z) / z falls: secants, within brackets, find G(z) = c^2 z.
+    # positive, and G(z) / z falls. So G(z) = c^2 z has one solution z > 0 at most,
+    # found by secants; where they do not help, by bisection of the exponent.
     def solve(z, start):
         w = _active_set(M, -jnp.sqrt(z) * b, zero, mask, start, on_simplex=True)
         return w, jnp.maximum(w @ _dot(M, w, zero, zero), 0)
@@ -123,22 +124,27 @@ def simplex_cone_program(
     def body(carry):
         w, z, G, previous_z, previous_G, low, high, _, count = carry
         fixed_point = G / c2  # Between z and the solution.
-        low = jnp.where(fixed_point >= z, fixed_point, low)
-        high = jnp.where(fixed_point <= z, fixed_point, high)
-        slope = (G - previous_G) / jnp.where(z == previous_z, 1, z - previous_z)
-        secant = (G - slope * z) / jnp.where(c2 == slope, 1, c2 - slope)
-        inside = (secant >= low) & (secant <= high) & (z != previous_z)
-        new_z = jnp.where(inside, secant, fixed_point)
+        low = jnp.where(fixed_point >= z, jnp.maximum(fixed_point, low), low)
+        high = jnp.where(fixed_point <= z, jnp.minimum(fixed_point, high), high)
+        slope = (G - previous_G) / _positive(z - previous_z)
+        secant = (G - slope * z) / _positive(c2 - slope)
+        error, previous_error = G - c2 * z, previous_G - c2 * previous_z
+        helps = 2 * jnp.abs(error / z) < jnp.abs(previous_error / previous_z)
+        new_z = jnp.where(
+            helps & (secant >= low) & (secant <= high),
+            secant,
+            jnp.sqrt(low) * jnp.sqrt(high),
+        )
         new_w, new_G = solve(new_z, w)
         floor = eps**2 * jnp.sum(new_w**2 * jnp.diagonal(M))
         going = jnp.abs(new_G - c2 * new_z) > 4 * eps * new_G + floor
         return new_w, new_z, new_G, z, G, low, high, going, count + 1
 
-    start = jnp.full_like(b, 1 / len(b))
     z = jnp.sum(M) / len(b) ** 2 / c2
-    w, G = solve(z, start)
-    carry = (w, z, G, z, G, 0 * z, jnp.full_like(z, jnp.inf), jnp.array(True), 0)
-    w, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 40), body, carry)
+    w, G = solve(z, jnp.full_like(b, 1 / len(b)))
+    low, high = eps**4 / c2, jnp.max(jnp.diagonal(M)) / c2
+    carry = (w, z, G, z, G, low, high, jnp.array(True), 0)
+    w, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 60), body, carry)
     return w
 
 
@@ -169,7 +175,7 @@ def fairness(
     M, p = _compute(gram, p)
     eps = jnp.finfo(M.dtype).eps
     alpha = jnp.asarray(alpha, M.dtype)
-    unit = _positive(jnp.trace(M))
+    unit = _power_of_two(_positive(jnp.trace(M)))
     M = M / unit
     active = (jnp.diagonal(M) > 0) & (p > 0)
     active = active if mask is None else active & mask
@@ -407,7 +413,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         )
 
     def body(carry):
-        x, x_low, free, full_step, _, count = carry
+        x, x_low, free, full_steps, _, count = carry
         r = -_dot(Q, x, x_low, -q)
         Qx = q - r
         reduced = r
@@ -418,7 +424,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
         steepest = jnp.where(allowed & ~free, reduced, 0)
         entering = jnp.argmax(steepest)
-        enters = full_step & (steepest[entering] > 4 * on_face + noise)
+        enters = (full_steps > 0) & (steepest[entering] > 4 * on_face + noise)
         free = free | (enters & (jnp.arange(size) == entering))
         # The move to the minimiser over the free variables.
         if on_simplex:
@@ -438,14 +444,14 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         new, new_low = _two_sum(new, error + x_low)
         new = jnp.where(blocked, lower, new)
         new_low = jnp.where(blocked, 0, new_low)
-        full_step = ~jnp.any(blocked)
+        full_steps = jnp.where(jnp.any(blocked), 0, full_steps + 1)
         norm2 = jnp.sum(x * Qx)
         big = (4 * eps) ** 2 * norm2 + eps**3 * jnp.sum(x * x)
-        going = enters | ~full_step | (decrement > big)
-        return new, new_low, free & ~blocked, full_step, going, count + 1
+        going = enters | (full_steps < 2) | (decrement > big)
+        return new, new_low, free & ~blocked, full_steps, going, count + 1
 
     free = allowed & (start > lower)
-    carry = (start, 0 * start, free, jnp.array(True), jnp.array(True), 0)
+    carry = (start, 0 * start, free, 1, jnp.array(True), 0)
     x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 4 * size + 20), body, carry)
     x = jnp.maximum(x, lower) * scale
     finite = jnp.all(jnp.isfinite(Q)) & jnp.all(jnp.isfinite(q))
