@@ -7,6 +7,7 @@ from optax_mtl.accumulation import accumulate_task_grads as accumulate_task_grad
 from optax_mtl.accumulation import has_updated as has_updated
 from optax_mtl.accumulation import multi_steps as multi_steps
 from optax_mtl.accumulation import next_task as next_task
+from optax_mtl.agreement import scale_by_agreement as scale_by_agreement
 from optax_mtl.base import from_gram as from_gram
 from optax_mtl.base import from_losses as from_losses
 from optax_mtl.base import from_state as from_state
@@ -33,6 +34,7 @@ from optax_mtl.methods.db_mtl import db_mtl as db_mtl
 from optax_mtl.methods.dualproj import dualproj as dualproj
 from optax_mtl.methods.dwa import dwa as dwa
 from optax_mtl.methods.dynamic_barrier import dynamic_barrier as dynamic_barrier
+from optax_mtl.methods.energy_gate import energy_gate as energy_gate
 from optax_mtl.methods.excess_mtl import excess_mtl as excess_mtl
 from optax_mtl.methods.fairgrad import fairgrad as fairgrad
 from optax_mtl.methods.famo import famo as famo

@@ -17,6 +17,7 @@ from optax_mtl.methods import (
     dualproj,
     dwa,
     dynamic_barrier,
+    energy_gate,
     excess_mtl,
     fairgrad,
     famo,
@@ -320,6 +321,16 @@ METHODS: dict[str, Entry] = {
         num_tasks=True,
     ),
     # Balance: the magnitudes of the gradients.
+    "energy_gate": _row(
+        energy_gate.energy_gate,
+        "balance",
+        ("A heuristic of this library", "unpublished", ""),
+        reads="gradients",
+        scale="sum",
+        state="P",
+        promises="symmetric scales agrees ignores_absent",
+        num_tasks=True,
+    ),
     "sam_gs": _row(
         sam_gs.sam_gs,
         "balance",

@@ -1,0 +1,149 @@
+"""A soft gate between tasks, by the energy and the alignment of their gradients."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base, tasks
+
+
+class EnergyGateState(NamedTuple):
+    """State of :func:`energy_gate`."""
+
+    average: optax.Updates  # Moving average of the updates.
+    counts: optax.Updates  # Energies seen, shape `(num_tasks,)` for each tensor.
+    energies: optax.Updates  # Moving averages of the energies, likewise.
+
+
+def energy_gate(
+    num_tasks: int,
+    *,
+    granularity: str = "element",
+    temperature: jax.typing.ArrayLike = 1.0,
+    boost: jax.typing.ArrayLike = 1.0,
+    magnitude: jax.typing.ArrayLike = 1.0,
+    alignment: jax.typing.ArrayLike = 1.0,
+    decay: jax.typing.ArrayLike = 0.9,
+    energy_decay: jax.typing.ArrayLike = 0.99,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets tasks share the update by the energy of their gradients, softly.
+
+    For each group :math:`k` of parameters, the energy of a gradient is its mean
+    square times its alignment with the moving average :math:`u` of the updates:
+
+    .. math::
+
+      E_{ik} = \operatorname{mean}_k(g_i^2)^q
+      \left(\frac{1 + \cos_k(g_i, u)}{2}\right)^r, \qquad
+      d_k = T \sum_i \operatorname{softmax}_i
+      \left(\frac{1}{\tau} \log \frac{b_i E_{ik}}{\bar{E}_i}\right) g_{ik}.
+
+    :math:`\bar{E}_i` is the moving average of the task's energy in the tensor, so
+    that a loss is not preferred for being large. The gate of the first of two tasks
+    is twice the sigmoid of the logarithm of the ratio of their energies, over
+    :math:`\tau`. A high temperature gives the plain sum.
+
+    This is not EAGC, the method of a paper: see :func:`~optax_mtl.eagc`.
+
+    Args:
+      num_tasks: number of tasks, T.
+      granularity: whether a group is an ``"element"``, a ``"channel"`` (an index of
+        the last axis) or a whole ``"tensor"``.
+      temperature: :math:`\tau`.
+      boost: :math:`b`, factors for tasks to be favoured, a scalar or shape ``(T,)``.
+      magnitude: exponent :math:`q`.
+      alignment: exponent :math:`r`. Without an average yet, the alignment is 1/2.
+      decay: of the moving average of the updates.
+      energy_decay: of the moving averages of the energies.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates. A task without a
+      gradient in a tensor takes no part there.
+
+    Raises:
+      ValueError: for an unknown granularity.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = jnp.array([[2.0, 1], [1, 1]])
+      >>> method = optax_mtl.energy_gate(num_tasks=2)
+      >>> update, _ = method.update(updates, method.init(jnp.zeros(2)))
+      >>> print(jnp.array_str(update, precision=3))
+      [3.231 2.   ]
+
+    References:
+      A heuristic of this library, after popular descriptions of gradient
+      coordination for category discovery.
+    """
+    if granularity not in ("element", "channel", "tensor"):
+        raise ValueError(
+            f"granularity is {granularity!r}, but should be 'element', 'channel' or"
+            " 'tensor'"
+        )
+
+    def init_fn(params):
+        return EnergyGateState(
+            average=optax.tree.zeros_like(params, dtype=float),
+            counts=jax.tree.map(lambda _: jnp.zeros(num_tasks, jnp.int32), params),
+            energies=jax.tree.map(lambda _: jnp.zeros(num_tasks, float), params),
+        )
+
+    def energy(g, u):
+        """Energy of each task in each group; axes as those of the gradients."""
+        mean = lambda x: jnp.mean(x, _axes_within(x, granularity), keepdims=True)
+        g, u = g.astype(u.dtype), u[None]
+        square = mean(g**2)
+        size = jnp.sqrt(square) * jnp.sqrt(mean(u**2))
+        cosine = jnp.where(size > 0, mean(g * u) / jnp.where(size > 0, size, 1), 0)
+        aligned = (1 + jnp.clip(cosine, -1, 1)) / 2
+        return square**magnitude * aligned**alignment
+
+    def track(old, new, exists):
+        new = jnp.mean(new, _axes_within(new, "tensor"))
+        return jnp.where(exists, energy_decay * old + (1 - energy_decay) * new, old)
+
+    def resolve(g, energy, usual, count, exists):
+        usual = usual / (1 - energy_decay ** jnp.maximum(count, 1))
+        factor = boost / jnp.where(usual > 0, usual, 1)
+        # Energies of zero become the smallest number, and stay equal to each other.
+        tiny = jnp.finfo(energy.dtype).tiny
+        logits = jnp.log(jnp.maximum(_like(factor, g) * energy, tiny)) / temperature
+        takes_part = _like(exists, g)
+        gates = exists.sum() * jax.nn.softmax(logits, axis=0, where=takes_part)
+        return jnp.sum(jnp.where(takes_part, gates * g, 0), axis=0)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if tasks.check_stacked(updates, params, num_tasks) is None:
+            return updates, state
+        exists = jax.tree.map(
+            lambda g: jnp.any(g != 0, _axes_within(g, "tensor")), updates
+        )
+        now = jax.tree.map(energy, updates, state.average)
+        counts = jax.tree.map(jnp.add, state.counts, exists)
+        energies = jax.tree.map(track, state.energies, now, exists)
+        update = jax.tree.map(resolve, updates, now, energies, counts, exists)
+        some = jnp.any(jnp.stack(jax.tree.leaves(exists)))
+        step = jnp.where(some, 1 - decay, 0)
+        average = optax.incremental_update(update, state.average, step)
+        new_state = base.keep_if(
+            base.all_finite(update), EnergyGateState(average, counts, energies), state
+        )
+        return jax.tree.map(lambda d, g: d.astype(g.dtype), update, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _axes_within(x, granularity):
+    """The axes of stacked gradients along which a group extends."""
+    if granularity == "element":
+        return ()
+    return tuple(range(1, x.ndim - 1 if granularity == "channel" else x.ndim))
+
+
+def _like(vector, g):
+    """One number for each task, to be broadcast against stacked gradients."""
+    return vector.reshape(-1, *(1 for _ in g.shape[1:]))
