@@ -58,7 +58,7 @@ def db_mtl(
 
         def weights_fn(state, gram, losses):
             inverse = reciprocal(losses)
-            log_gram = gram * inverse[:, None] * inverse
+            log_gram = gram * jnp.outer(inverse, inverse)
             return inverse_norm_weights(log_gram, "max") * inverse, state
 
         return base.from_state(

@@ -49,7 +49,7 @@ def excess_mtl(
       ...   updates = jnp.array([[scale, 0.0], [0.0, 1.0]])
       ...   update, state = method.update(updates, state)
       >>> print(jnp.array_str(update, precision=3))
-      [0.435 1.129]
+      [0.381 1.237]
 
     References:
       He et al, `Robust Multi-Task Learning with Excess Risks

@@ -43,7 +43,7 @@ def imtl(
       >>> for _ in range(2):
       ...   update, state = method.update(updates, state, losses=losses)
       >>> print(jnp.array_str(update, precision=3))
-      [0.667 0.667]
+      [0.661 0.661]
 
     References:
       Liu et al, `Towards Impartial Multi-task Learning
@@ -58,7 +58,7 @@ def imtl(
     def step(state, gram, losses):
         exists = tasks.present(gram) & (losses != 0)
         scales = jnp.where(exists, jnp.exp(state.log_weights), 0)
-        weights = scales * imtl_g_weights(gram * scales[:, None] * scales)
+        weights = scales * imtl_g_weights(gram * jnp.outer(scales, scales))
         return weights, learn_log_weights(state, optimizer, losses, exists)
 
     return base.from_state(

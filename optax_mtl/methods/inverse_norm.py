@@ -32,7 +32,8 @@ def inverse_norm(target: str = "mean") -> optax.GradientTransformationExtraArgs:
       >>> import optax_mtl
       >>> updates = jnp.array([[3.0, 4.0], [0.0, 1.0]])
       >>> method = optax_mtl.inverse_norm()
-      >>> print(method.update(updates, method.init(jnp.zeros(2)))[0])
+      >>> update, _ = method.update(updates, method.init(jnp.zeros(2)))
+      >>> print(jnp.array_str(update, precision=3))
       [1.8 5.4]
 
     References:

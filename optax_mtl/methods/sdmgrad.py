@@ -59,11 +59,11 @@ def sdmgrad(
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
-      >>> updates = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
-      >>> method = optax_mtl.sdmgrad(num_tasks=2, regularization=1.0)
-      >>> update, _ = method.update(updates, method.init(jnp.zeros(3)))
-      >>> print(jnp.array_str(update, precision=3, suppress_small=True))
-      [0. 1. 1.]
+      >>> updates = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+      >>> method = optax_mtl.sdmgrad(num_tasks=2)
+      >>> update, _ = method.update(updates, method.init(jnp.zeros(2)))
+      >>> print(jnp.array_str(update, precision=3))
+      [0.8 0.4]
 
     References:
       Xiao et al, `Direction-oriented Multi-objective Learning: Simple and Provable
