@@ -29,6 +29,7 @@ from optax_mtl.methods.aligned_mtl import aligned_mtl as aligned_mtl
 from optax_mtl.methods.bloop import bloop as bloop
 from optax_mtl.methods.cagrad import cagrad as cagrad
 from optax_mtl.methods.config import config as config
+from optax_mtl.methods.coordinate_median import coordinate_median as coordinate_median
 from optax_mtl.methods.cosine_gating import cosine_gating as cosine_gating
 from optax_mtl.methods.db_mtl import db_mtl as db_mtl
 from optax_mtl.methods.dualproj import dualproj as dualproj
@@ -39,6 +40,7 @@ from optax_mtl.methods.excess_mtl import excess_mtl as excess_mtl
 from optax_mtl.methods.fairgrad import fairgrad as fairgrad
 from optax_mtl.methods.famo import famo as famo
 from optax_mtl.methods.famo import famo_update as famo_update
+from optax_mtl.methods.geometric_median import geometric_median as geometric_median
 from optax_mtl.methods.gls import gls as gls
 from optax_mtl.methods.graddrop import graddrop as graddrop
 from optax_mtl.methods.gradnorm import gradnorm as gradnorm

@@ -12,6 +12,7 @@ from optax_mtl.methods import (
     bloop,
     cagrad,
     config,
+    coordinate_median,
     cosine_gating,
     db_mtl,
     dualproj,
@@ -21,6 +22,7 @@ from optax_mtl.methods import (
     excess_mtl,
     fairgrad,
     famo,
+    geometric_median,
     gls,
     graddrop,
     gradnorm,
@@ -657,6 +659,30 @@ METHODS: dict[str, Entry] = {
         promises="rotates scales linear_in_scales agrees ignores_absent",
     ),
     # Robust: averages that a few wrong gradients do not move far.
+    "coordinate_median": _row(
+        coordinate_median.coordinate_median,
+        "robust",
+        (
+            "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+            "ICML 2018",
+            "https://arxiv.org/abs/1803.01498",
+        ),
+        reads="gradients",
+        scale="mean",
+        promises="symmetric scales agrees ignores_absent",
+    ),
+    "geometric_median": _row(
+        geometric_median.geometric_median,
+        "robust",
+        (
+            "Robust Aggregation for Federated Learning",
+            "2019",
+            "https://arxiv.org/abs/1912.13445",
+        ),
+        reads="gram",
+        scale="mean",
+        promises="symmetric rotates scales agrees ignores_absent",
+    ),
     "krum": _row(
         _krum,
         "robust",

@@ -10,6 +10,9 @@ from optax_mtl.methods.dynamic_barrier import dynamic_barrier_weights as dynamic
 from optax_mtl.methods.excess_mtl import excess_mtl_weights as excess_mtl
 from optax_mtl.methods.fairgrad import fairgrad_weights as fairgrad
 from optax_mtl.methods.famo import famo_weights as famo
+from optax_mtl.methods.geometric_median import (
+    geometric_median_weights as geometric_median,
+)
 from optax_mtl.methods.gls import gls_weights as gls
 from optax_mtl.methods.gradvac import gradvac_weights as gradvac
 from optax_mtl.methods.imtl_g import imtl_g_weights as imtl_g
@@ -42,6 +45,7 @@ __all__ = [
     "excess_mtl",
     "fairgrad",
     "famo",
+    "geometric_median",
     "gls",
     "gradvac",
     "imtl_g",
