@@ -48,6 +48,8 @@ def per_task(
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
+        # A weakly typed scalar parameter would make a state of another type.
+        params = jax.tree.map(lambda p: p.astype(p.dtype), params)
         # Broadcasting the parameters as well would cost T copies of them.
         return jax.vmap(lambda _: tx.init(params))(jnp.arange(num_tasks))
 
