@@ -1,0 +1,84 @@
+"""Logs and figures."""
+
+import csv
+import pathlib
+from typing import Any
+
+import numpy as np
+
+
+class Log:
+    """A CSV file; rows after step `start` are dropped when a run is resumed."""
+
+    def __init__(self, path: pathlib.Path, columns: list[str], start: int):
+        rows = [row for row in read(path) if int(row["step"]) <= start]
+        self._file = path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, columns, restval="")
+        self._writer.writeheader()
+        self._writer.writerows(rows)
+        self._file.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row; a column that it lacks stays empty."""
+        self._writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """Rows of a CSV file; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_curves(folder: pathlib.Path, tasks: list[str], title: str) -> None:
+    """Losses and the cosine between the gradients of the tasks, over the steps."""
+    import matplotlib.pyplot as plt
+
+    rows = read(folder / "log.csv")
+    figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(4 * len(tasks) + 4, 3.2))
+    panels = [*tasks, "cosine"]
+    for axis, name in zip(axes, panels, strict=True):
+        for column, style in ((name, "-"), (f"valid_{name}", "o-")):
+            points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
+            if points:
+                alpha = 0.5 if style == "-" else 1
+                label = "validation" if style == "o-" else "training"
+                axis.plot(*zip(*points), style, ms=3, alpha=alpha, label=label)
+        axis.set(xlabel="step", title=name)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set(title="smallest cosine of two tasks", ylim=(-1.05, 1.05))
+    axes[-1].axhline(0, color="gray", lw=0.5)
+    axes[0].legend(frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+def plot_reconstructions(
+    folder: pathlib.Path,
+    images: np.ndarray,
+    masked: np.ndarray,
+    predicted: np.ndarray,
+    title: str,
+) -> None:
+    """Rows of images in [0, 1]: what the model sees, what it makes, what was there."""
+    import matplotlib.pyplot as plt
+
+    rows = {"seen": masked, "reconstructed": predicted, "original": images}
+    figure, axes = plt.subplots(3, len(images), figsize=(len(images), 3.4))
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(line, pictures, strict=True):
+            picture = np.clip(picture, 0, 1)
+            axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, "gray")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(folder / "reconstructions.png", dpi=120)
+    plt.close(figure)

@@ -1,0 +1,296 @@
+"""Trains a masked autoencoder with several losses and one way to resolve them.
+
+python -m examples.ssl.train --method gcond --mode stochastic
+python -m examples.ssl.train --method sum --out runs/ssl-sum
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+import optax_mtl
+from examples.ssl import config as config_lib
+from examples.ssl import data, model, report
+from examples.ssl.config import Config
+
+
+class State(NamedTuple):
+    """All that training changes."""
+
+    params: Any
+    statistics: Any  # Of batch norm.
+    opt_state: Any
+
+
+class Experiment(NamedTuple):
+    """The functions of a run."""
+
+    init: Callable[[], State]
+    step: Callable[..., tuple[State, dict[str, jax.Array]]]  # State and batch.
+    evaluate: Callable[..., dict[str, jax.Array]]  # State and batch.
+    reconstruct: Callable[..., Any]  # State and batch.
+    place: Callable[[data.Batch], data.Batch]  # A batch on the devices.
+    tasks: list[str]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Trains and writes logs, checkpoints and figures; returns the last validation."""
+    config = config_lib.parse(arguments)
+    num_patches = model.num_patches(config)
+    model.num_masked(config)
+    images = data.load(config)
+    experiment = make_experiment(config, images)
+    folder = pathlib.Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    checkpoints = (folder / "checkpoints").absolute()
+    with ocp.CheckpointManager(checkpoints, options=options) as saved:
+        start = saved.latest_step() or 0
+        _check_folder(folder, config, start)
+        state = experiment.init()
+        if start:
+            state = saved.restore(start, args=ocp.args.StandardRestore(state))
+        state, speed = fit(config, experiment, images, state, start, folder, saved)
+
+    title = f"{config.method}, {config.mode}" if config.method != "sum" else "sum"
+    report.plot_curves(folder, experiment.tasks, title)
+    batch = next(data.validation(images, num_patches, config))
+    pictures = experiment.reconstruct(state, experiment.place(batch))
+    report.plot_reconstructions(folder, *(x[:10] for x in pictures), title)
+    results = validate(config, experiment, images, state) | speed
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(", ".join(f"{name} {value:.4g}" for name, value in results.items()))
+    return results
+
+
+def make_experiment(config: Config, images: data.Images) -> Experiment:
+    """Makes the functions of a run, compiled when they are first called."""
+    replicated, split = _devices(config)
+    network = model.MaskedAutoencoder(
+        config, images.train.shape[-1], images.num_classes, *images.statistics()
+    )
+    graph, params, statistics, rest = nnx.split(
+        network, nnx.Param, nnx.BatchStat, nnx.Variable
+    )
+    train = not config.evaluation_mode
+
+    def losses_fn(params, batch, statistics, train=train):
+        network = nnx.merge(graph, params, statistics, rest, copy=True)
+        losses = network.losses(batch, train)
+        return losses, nnx.state(network, nnx.BatchStat)
+
+    def weighted(params, batch, statistics):
+        losses, statistics = losses_fn(params, batch, statistics)
+        losses = {name: _weight(config, name) * loss for name, loss in losses.items()}
+        if config.method == "sum":
+            return {"sum": sum(losses.values())}, (losses, statistics)
+        # Only the loss of its own task is computed on a micro-batch that serves one.
+        aux = statistics if config.mode == "stochastic" else (losses, statistics)
+        return losses, aux
+
+    example = data.draw(images, 0, model.num_patches(config), config)
+    example = jax.tree.map(lambda x: x[:1], example)
+    tasks = sorted(jax.eval_shape(losses_fn, params, example, statistics)[0])
+    tx = make_optimizer(config, len(tasks))
+    stochastic = config.mode == "stochastic" and config.method != "sum"
+    accumulate = optax_mtl.accumulate_task_grads(
+        weighted, config.micro_batches, has_aux=True, one_task_each=stochastic
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, batch):
+        (losses, aux), updates = accumulate(
+            state.params, batch, statistics=state.statistics
+        )
+        measured = {} if stochastic else jax.tree.map(lambda x: x.mean(0), aux[0])
+        measured = {name: losses.get(name, measured.get(name)) for name in tasks}
+        report = {name: x / _weight(config, name) for name, x in measured.items()}
+        if config.method != "sum":
+            conflicts = optax_mtl.conflicts(optax_mtl.gram(updates))
+            report |= {"cosine": conflicts.min_cosine}
+        # The micro-batches start from the same statistics: the mean is their update.
+        statistics = aux if stochastic else aux[1]
+        statistics = jax.tree.map(lambda x: x.mean(0), statistics)
+        updates, opt_state = tx.update(
+            updates, state.opt_state, state.params, losses=losses
+        )
+        arbitration = optax.tree.get(opt_state, "arbitration")
+        if arbitration is not None:
+            report |= {"conflicts": arbitration.iterations}
+            report |= {"winner": arbitration.winners[-1]}
+        params = optax.apply_updates(state.params, updates)
+        return State(params, statistics, opt_state), report
+
+    @jax.jit
+    def evaluate(state, batch):
+        return losses_fn(state.params, batch, state.statistics, train=False)[0]
+
+    @jax.jit
+    def reconstruct(state, batch):
+        network = nnx.merge(graph, state.params, state.statistics, rest, copy=True)
+        return network.reconstruct(batch)
+
+    def init():
+        fresh = jax.tree.map(jnp.copy, (params, statistics))
+        state = State(*fresh, jax.jit(tx.init)(params))
+        return jax.device_put(state, replicated)
+
+    place = lambda batch: jax.device_put(
+        batch, data.Batch(split, split, split, replicated)
+    )
+    return Experiment(init, step, evaluate, reconstruct, place, tasks)
+
+
+def make_optimizer(config: Config, num_tasks: int) -> optax.GradientTransformation:
+    """The method, then momentum (the paper's integrated scheme), then AdamW."""
+    if config.method == "sum":
+        method = optax_mtl.linear()
+    else:
+        method = optax_mtl.get(config.method, num_tasks)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.steps,
+        end_value=config.final_learning_rate,
+    )
+    adamw = functools.partial(
+        optax.adamw, schedule, b2=0.95, weight_decay=config.weight_decay
+    )
+    if config.momentum:
+        rest = [optax.ema(config.momentum), adamw(b1=0.0)]
+    else:
+        rest = [adamw()]
+    return optax.chain(method, optax.clip_by_global_norm(config.clip), *rest)
+
+
+def fit(
+    config: Config,
+    experiment: Experiment,
+    images: data.Images,
+    state: State,
+    start: int,
+    folder: pathlib.Path,
+    saved: ocp.CheckpointManager,
+) -> tuple[State, dict[str, float]]:
+    """Trains from a step on; returns the state and images per second."""
+    num_patches = model.num_patches(config)
+    columns = ["step", *experiment.tasks, "cosine", "conflicts", "winner"]
+    columns += [f"valid_{name}" for name in experiment.tasks]
+    log = report.Log(folder / "log.csv", columns, start)
+    board = _tensorboard(folder) if config.tensorboard else None
+    steps = tqdm(
+        range(start + 1, config.steps + 1),
+        desc=config.method,
+        initial=start,
+        total=config.steps,
+        unit="step",
+        disable=not sys.stderr.isatty(),
+    )
+    seconds, counted = 0.0, 0
+    with contextlib.closing(log):
+        for step in steps:
+            batch = data.draw(images, step, num_patches, config)
+            batch = experiment.place(batch)
+            began = time.perf_counter()
+            state, measured = experiment.step(state, batch)
+            row = {name: float(x) for name, x in measured.items()}  # Waits.
+            if step > start + 1:  # The first step compiles.
+                seconds, counted = seconds + time.perf_counter() - began, counted + 1
+            if not np.isfinite(list(row.values())).all():
+                raise FloatingPointError(f"step {step}: losses are not finite: {row}")
+            if step % config.eval_every == 0 or step == config.steps:
+                valid = validate(config, experiment, images, state)
+                row |= {f"valid_{name}": x for name, x in valid.items()}
+                steps.set_postfix({name: f"{x:.3f}" for name, x in valid.items()})
+            log.write({"step": step} | row)
+            if board:
+                for name, x in row.items():
+                    board.add_scalar(name, x, step)
+            if step % config.eval_every == 0 or step == config.steps:
+                saved.save(step, args=ocp.args.StandardSave(state))
+    speed = config.batch_size * counted / seconds if counted else float("nan")
+    return state, {"images_per_second": speed}
+
+
+def validate(
+    config: Config, experiment: Experiment, images: data.Images, state: State
+) -> dict[str, float]:
+    """The loss of each task on validation images, without its weight."""
+    batches = data.validation(images, model.num_patches(config), config)
+    losses = [experiment.evaluate(state, experiment.place(b)) for b in batches]
+    return {
+        name: float(np.mean([loss[name] for loss in losses]))
+        for name in experiment.tasks
+    }
+
+
+def _weight(config, task):
+    weights = {"l1": config.l1_weight, "ssim": config.ssim_weight}
+    return weights.get(task, config.third_weight)
+
+
+def _devices(config):
+    """How states and batches are placed on a mesh over the devices."""
+    count = config.devices or jax.device_count()
+    if count > jax.device_count():
+        raise ValueError(f"--devices {count}: there are only {jax.device_count()}")
+    if config.batch_size % (count * config.micro_batches):
+        raise ValueError(
+            f"--batch-size {config.batch_size} does not split into "
+            f"--micro-batches {config.micro_batches} on {count} devices"
+        )
+    mesh = jax.make_mesh(
+        (count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count]
+    )
+    sharding = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
+    return sharding(), sharding("data")
+
+
+def _check_folder(folder, config, start):
+    """Refuses to overwrite a run, or to continue it with other settings."""
+    settings = dataclasses.asdict(config)
+    for name in ("out", "resume", "devices", "tensorboard"):
+        del settings[name]
+    file = folder / "config.json"
+    if start:
+        if not config.resume:
+            raise FileExistsError(
+                f"{folder} holds a run up to step {start}: continue it with --resume, "
+                "or choose another --out"
+            )
+        old = json.loads(file.read_text())
+        for name, value in settings.items():
+            if old.get(name) != value:
+                raise ValueError(
+                    f"--resume: the run in {folder} has {name} {old.get(name)!r}, "
+                    f"not {value!r}"
+                )
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _tensorboard(folder):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs `pip install tensorboardX`") from error
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+if __name__ == "__main__":
+    main()
