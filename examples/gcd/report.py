@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from examples.gcd.model import normalize
-
 
 def accuracy(
     truth: np.ndarray, prediction: np.ndarray, num_known: int, balanced: bool = False
@@ -59,21 +57,25 @@ def gradient_deviation(labelled, total) -> jax.Array:
     return jnp.where(norms == 0, jnp.nan, 1 - jnp.clip(cosine, -1, 1))
 
 
-def subspace_overlap(known: jax.Array, novel: jax.Array, k: int = 16) -> jax.Array:
+def subspace_overlap(known: np.ndarray, novel: np.ndarray, k: int = 16) -> float:
     """SOC: share of novel features in the known ones' first k directions; in [0, 1].
 
     Both are normalised by row and centred at the known mean.
     """
-    known, novel = normalize(known), normalize(novel)
+    if len(novel) == 0:
+        return math.nan
+    known, novel = (
+        z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+        for z in (known, novel)
+    )
     center = known.mean(0, keepdims=True)
     known, novel = known - center, novel - center
-    _, vectors = jnp.linalg.eigh(known.T @ known)  # Of ascending eigenvalues.
-    projected = novel @ vectors[:, ::-1][:, : min(k, len(known))]
-    return (projected**2).sum() / (novel**2).sum()
+    directions = np.linalg.svd(known, full_matrices=False)[2][:k]
+    return float(((novel @ directions.T) ** 2).sum() / (novel**2).sum())
 
 
 class Log:
-    """A CSV file; rows from `start` on are dropped when a run is resumed."""
+    """A CSV file with a whole number first; a resumed run drops rows from `start`."""
 
     def __init__(self, path: pathlib.Path, columns: list[str], start: int):
         self.path = path
@@ -86,10 +88,12 @@ class Log:
 
     def write(self, row: dict[str, float]) -> None:
         """Appends a row; what is missing or NaN stays empty."""
-        values = [row.get(column, math.nan) for column in self.columns]
+        key, *others = self.columns
+        values = [row.get(column, math.nan) for column in others]
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(
-                "" if math.isnan(value) else repr(value) for value in values
+                [int(row[key])]
+                + ["" if math.isnan(value) else repr(value) for value in values]
             )
 
 
@@ -150,9 +154,8 @@ def plot_features(
     ):
         x, y = PCA(2, random_state=0).fit_transform(features).T
         for marker, rows in (".", labels < num_known), ("x", labels >= num_known):
-            axis.scatter(
-                x[rows], y[rows], 12, labels[rows], marker, cmap="tab20", linewidths=1
-            )
+            colors = plt.get_cmap("tab20")(labels[rows] % 20)
+            axis.scatter(x[rows], y[rows], s=12, c=colors, marker=marker, linewidths=1)
         axis.set(title=f"{title} (. known, x novel)", xticks=[], yticks=[])
     figure.tight_layout()
     figure.savefig(out / "features.png", dpi=120)

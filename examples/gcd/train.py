@@ -44,7 +44,6 @@ class Images(NamedTuple):
     is_labelled: jax.Array
     labelled: jax.Array  # Rows of images, and so on.
     unlabelled: jax.Array
-    novel: jax.Array
 
 
 class Frozen(NamedTuple):
@@ -67,14 +66,16 @@ class State(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """The functions of discovery, for one configuration."""
+    """The functions of stages 2 and 3, for one configuration."""
 
-    init: Callable[..., tuple[State, Frozen]]  # From reference backbone and images.
-    step: Callable[..., tuple[State, dict]]  # From state, frozen, images, diagnose.
-    before: Callable[..., jax.Array]  # Features, from frozen.reference and x.
-    after: Callable[
-        ..., tuple[jax.Array, jax.Array]
-    ]  # Features and classes, from state, frozen, x.
+    # From the reference backbone's parameters: fits the conceptor.
+    init: Callable[[Any], tuple[State, Frozen]]
+    # From state, frozen, the data and whether to diagnose: one step and its metrics.
+    step: Callable[..., tuple[State, dict[str, jax.Array]]]
+    # From the reference backbone's parameters and images: features.
+    before: Callable[..., jax.Array]
+    # From state, frozen and images: features and classes.
+    after: Callable[..., tuple[jax.Array, jax.Array]]
     steps_per_epoch: int
 
 
@@ -86,7 +87,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     split, images = prepare(config)
     reference = make_reference(config, split)
     experiment = make_experiment(config, split)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=False
+    )
     with ocp.CheckpointManager(
         out.absolute() / "checkpoints", options=options
     ) as saved:
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         _check_out(out, config, epoch)
         if epoch is None:
             train_reference(config, reference, images)
-        state, frozen = experiment.init(nnx.state(reference.backbone), images)
+        state, frozen = experiment.init(nnx.state(reference.backbone))
         if epoch is None:
             epoch = 0
             saved.save(0, args=ocp.args.StandardSave((state, frozen)))
@@ -118,7 +121,7 @@ def prepare(config: Config) -> tuple[data.Split, Images]:
     is_labelled = np.zeros(len(split.labels), bool)
     is_labelled[split.labelled] = True
     arrays = (split.images, split.labels, is_labelled)
-    rows = (split.labelled, split.unlabelled, split.novel)
+    rows = (split.labelled, split.unlabelled)
     return split, Images(*map(jnp.asarray, arrays + rows))
 
 
@@ -146,8 +149,15 @@ def train_reference(config: Config, reference: model.Reference, images: Images) 
     )
 
     @jax.jit
-    def step(params, optimizer_state, key, rows):
-        x = _two_views(config, key, images.images[rows])
+    def step(params, optimizer_state, rest, images, key, number):
+        order_key, view_key = jax.random.split(key)
+        order_key = jax.random.fold_in(order_key, number // steps_per_epoch)
+        order = jax.random.permutation(order_key, images.labelled)
+        rows = jax.lax.dynamic_slice_in_dim(
+            order, number % steps_per_epoch * batch_size, batch_size
+        )
+        view_key = jax.random.fold_in(view_key, number)
+        x = _two_views(config, view_key, images.images[rows])
         labels = jnp.tile(images.labels[rows], 2)
 
         def loss_fn(params):
@@ -164,12 +174,9 @@ def train_reference(config: Config, reference: model.Reference, images: Images) 
     optimizer_state = jax.jit(optimizer.init)(params)
     bar = _bar(range(config.reference_epochs), "reference")
     for epoch in bar:
-        epoch_key = jax.random.fold_in(key, epoch)
-        order = jax.random.permutation(epoch_key, images.labelled)
-        for i in range(steps_per_epoch):
-            rows = order[i * batch_size : (i + 1) * batch_size]
+        for number in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             params, optimizer_state, loss = step(
-                params, optimizer_state, jax.random.fold_in(epoch_key, i), rows
+                params, optimizer_state, rest, images, key, number
             )
         bar.set_postfix(loss=f"{loss:.3f}")
     nnx.update(reference, params)
@@ -195,21 +202,24 @@ def make_experiment(config: Config, split: data.Split) -> Experiment:
         {"backbone": sgd(config.backbone_lr), "heads": sgd(config.lr)}, _part
     )
 
-    @jax.jit
-    def before(reference, x):
+    def reference_features(reference, x):
         return nnx.merge(backbone_graph, reference)(x)
 
     @jax.jit
-    def after(state, frozen, x):
+    def before(reference, images):
+        return reference_features(reference, data.plain(images))
+
+    @jax.jit
+    def after(state, frozen, images):
         network = nnx.merge(graph, state.params, frozen.rest)
-        z = network.backbone(x)
+        z = network.backbone(data.plain(images))
         return z, jnp.argmax(network.heads(z)[0], -1)
 
-    def init(reference_backbone, images):
+    def init(reference_backbone):
         nnx.update(network.backbone, reference_backbone)
         _, params, rest = nnx.split(network, _trains(config), ...)
         z = in_batches(
-            lambda x: before(reference_backbone, x), images.images[images.labelled]
+            lambda x: before(reference_backbone, x), split.images[split.labelled]
         )
         conceptor = optax_mtl.fit_conceptor(
             z, config.aperture, relative=config.relative_aperture
@@ -258,7 +268,7 @@ def make_experiment(config: Config, split: data.Split) -> Experiment:
                     z,
                     conceptor=frozen.conceptor,
                     weight=weight,
-                    reference=before(frozen.reference, x) if aligns else z,
+                    reference=reference_features(frozen.reference, x) if aligns else z,
                     labelled=labelled,
                     anchor=config.anchor * aligns,
                 )
@@ -342,7 +352,7 @@ def discover(
             diagnose = number < config.diagnose_steps
             state, metrics = experiment.step(state, frozen, images, diagnose=diagnose)
             if diagnose and number % config.soc_every == 0:
-                metrics["soc"] = overlap(experiment, images, state, frozen)
+                metrics["soc"] = overlap(experiment, split, state, frozen)
             pending.append(metrics)
         rows = [{k: float(v) for k, v in row.items()} for row in pending]
         for row in rows:
@@ -352,14 +362,13 @@ def discover(
         if done % config.save_every == 0 or done == config.epochs:
             row = {
                 "epoch": done,
-                **evaluate(experiment, split, images, state, frozen),
-                "soc": overlap(experiment, images, state, frozen),
+                **evaluate(experiment, split, state, frozen),
+                "soc": overlap(experiment, split, state, frozen),
             }
             epochs.write(row)
             rows.append(row)
             bar.set_postfix({k: f"{row[k]:.3f}" for k in ("all", "old", "new")})
             saved.save(done, args=ocp.args.StandardSave((state, frozen)))
-            saved.wait_until_finished()  # Before the state is donated.
         if board is not None:
             for row in rows:
                 for name, value in row.items():
@@ -368,46 +377,42 @@ def discover(
                     )
 
     report.plot_curves(out, config.method)
-    before = in_batches(lambda x: experiment.before(frozen.reference, x), images.images)
-    after, _ = in_batches(lambda x: experiment.after(state, frozen, x), images.images)
+    before = in_batches(lambda x: experiment.before(frozen.reference, x), split.images)
+    after, _ = in_batches(lambda x: experiment.after(state, frozen, x), split.images)
     report.plot_features(out, before, after, split.labels, split.num_known)
 
 
 def evaluate(
-    experiment: Experiment,
-    split: data.Split,
-    images: Images,
-    state: State,
-    frozen: Frozen,
+    experiment: Experiment, split: data.Split, state: State, frozen: Frozen
 ) -> dict[str, float]:
     """Accuracy on the unlabelled images that it trained on (transductive)."""
     _, classes = in_batches(
-        lambda x: experiment.after(state, frozen, x), images.images[images.unlabelled]
+        lambda x: experiment.after(state, frozen, x), split.images[split.unlabelled]
     )
     truth = split.labels[split.unlabelled]
-    return report.accuracy(truth, np.asarray(classes), split.num_known)
+    return report.accuracy(truth, classes, split.num_known)
 
 
 def overlap(
-    experiment: Experiment, images: Images, state: State, frozen: Frozen
+    experiment: Experiment, split: data.Split, state: State, frozen: Frozen
 ) -> float:
     """SOC of the features of labelled and of novel images."""
     features = lambda x: experiment.after(state, frozen, x)[0]
-    known = in_batches(features, images.images[images.labelled])
-    novel = in_batches(features, images.images[images.novel])
-    return float(jax.jit(report.subspace_overlap)(known, novel))
+    known = in_batches(features, split.images[split.labelled])
+    novel = in_batches(features, split.images[split.novel])
+    return report.subspace_overlap(known, novel)
 
 
-def in_batches(fn: Callable, images: jax.Array, size: int = 256) -> Any:
-    """Applies a function to the plain views of many images, some at a time."""
+def in_batches(fn: Callable, images: np.ndarray, size: int = 256) -> Any:
+    """Applies a function to many images, some at a time, always of one shape."""
     parts = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]
-        count = len(batch)
-        padding = [(0, size - count)] + [(0, 0)] * (batch.ndim - 1)
-        result = fn(data.plain(jnp.pad(batch, padding)))
-        parts.append(jax.tree.map(lambda x, n=count: x[:n], result))
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+        padding = [(0, size - len(batch)), *[(0, 0)] * (batch.ndim - 1)]
+        result = fn(np.pad(batch, padding))
+        keep = slice(len(batch))
+        parts.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[keep], result))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
 def summarize(out: pathlib.Path) -> dict[str, float]:

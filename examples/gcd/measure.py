@@ -1,0 +1,143 @@
+"""The tables of README.md: every method on every data set, and the cost of a step.
+
+    python -m examples.gcd.measure --results results.csv --only digits
+    python -m examples.gcd.measure --overhead
+
+Runs that the results file already has are not repeated.
+"""
+
+import argparse
+import csv
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+from flax import nnx
+
+from examples.gcd import train
+from examples.gcd.config import Config, parse
+
+METRICS = ["all", "old", "new", "gdc", "soc"]
+METHODS = ["sum", "aga", "eep", "eagc", "pcgrad", "cagrad", "upgrad", "gcond"]
+METHODS += ["energy_gate"]
+SHORT = "--epochs 30 --batch-size 64 --teacher-warmup-epochs 15 --save-every 30"
+DATA = {  # Flags, methods and number of seeds.
+    "digits": (SHORT, METHODS, 3),
+    "mnist": (
+        f"{SHORT} --data {{folder}}/mnist.npz --max-images 1500 --preset mini",
+        ["sum", "eagc", "gcond"],
+        2,
+    ),
+    "omniglot_small1": (
+        f"{SHORT} --data {{folder}}/omniglot_small1.npz --max-classes 40 --preset mini",
+        ["sum", "eagc", "gcond"],
+        2,
+    ),
+    "clothing64": (
+        f"{SHORT} --data {{folder}}/clothing64.npz --max-images 1500 --flip "
+        "--image-size 28 --preset mini",
+        ["sum", "eagc", "gcond"],
+        2,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=pathlib.Path, default="results.csv")
+    parser.add_argument("--only", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--folder", default="data", help="of the npz files")
+    parser.add_argument("--overhead", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.overhead:
+        print_overhead()
+        return
+    for name in arguments.only:
+        flags, methods, num_seeds = DATA[name]
+        for seed in range(num_seeds):
+            for method in methods:
+                measure(arguments.results, name, method, seed, flags, arguments.folder)
+    for name in arguments.only:
+        print_table(arguments.results, name)
+
+
+def measure(
+    results: pathlib.Path, name: str, method: str, seed: int, flags: str, folder: str
+) -> None:
+    """One run, as a row of the results file."""
+    rows = read(results)
+    if any(
+        (r["data"], r["method"], r["seed"]) == (name, method, str(seed)) for r in rows
+    ):
+        return
+    with tempfile.TemporaryDirectory() as out:
+        command = f"{flags} --method {method} --seed {seed} --out {out}"
+        result = train.main(command.format(folder=folder).split())
+    with results.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if not rows:
+            writer.writerow(["data", "method", "seed", *METRICS])
+        writer.writerow([name, method, seed, *(result[key] for key in METRICS)])
+
+
+def read(results: pathlib.Path) -> list[dict[str, str]]:
+    """Rows of the results file; none if it does not exist yet."""
+    if not results.exists():
+        return []
+    with results.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def print_table(results: pathlib.Path, name: str) -> None:
+    """Mean and standard deviation over seeds, in Markdown."""
+    rows = [row for row in read(results) if row["data"] == name]
+    print(f"\n{name}\n\n| method | seeds | All | Old | New | GDC | SOC |")
+    print("|---|---|---|---|---|---|---|")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        cells = []
+        for metric in METRICS:
+            values = [float(row[metric]) for row in mine]
+            mean = statistics.fmean(values)
+            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+            if metric in ("gdc", "soc"):
+                cells.append(f"{mean:.3f} ± {spread:.3f}")
+            else:
+                cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}")
+        print(f"| {method} | {len(mine)} | {' | '.join(cells)} |")
+
+
+def print_overhead(rounds: int = 30) -> None:
+    """Time of a step relative to the plain sum's, in turns within one process."""
+    setups, times = {}, {}
+    for method in ["sum", "eep", "eagc"]:
+        config = parse(["--method", method])
+        split, images = train.prepare(config)
+        reference = train.make_reference(config, split)
+        experiment = train.make_experiment(config, split)
+        state, frozen = experiment.init(nnx.state(reference.backbone))
+        setups[method] = [experiment.step, state, frozen, images]
+        times[method] = []
+    for number in range(rounds + 3):
+        for method, setup in setups.items():
+            step, state, frozen, images = setup
+            started = time.perf_counter()
+            setup[1], _ = jax.block_until_ready(step(state, frozen, images))
+            if number >= 3:  # After compilation.
+                times[method].append(time.perf_counter() - started)
+    base = statistics.median(times["sum"])
+    config = Config()
+    print(f"{config.preset}, {2 * config.batch_size} rows, {jax.devices()[0].platform}")
+    for method, values in times.items():
+        ratios = [value / plain for value, plain in zip(values, times["sum"])]
+        print(
+            f"{method}: {1e3 * statistics.median(values):.1f} ms, "
+            f"{statistics.median(values) / base:.3f} of the plain sum "
+            f"(median of paired ratios {statistics.median(ratios):.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
