@@ -179,7 +179,7 @@ def fairness(
     M = M / unit
     active = (jnp.diagonal(M) > 0) & (p > 0)
     active = active if mask is None else active & mask
-    both = active[:, None] & active
+    both = jnp.outer(active, active)
     M = jnp.where(both, M, 0)
     identity = jnp.eye(len(p), dtype=M.dtype)
 
@@ -195,9 +195,9 @@ def fairness(
         a, _, count = carry
         b = target(a)
         r = b - gradient(a)
-        H = a[:, None] * M * a + jnp.diag(b / alpha)
+        H = jnp.outer(a, a) * M + jnp.diag(b / alpha)
         scale = 1 / jnp.sqrt(jnp.where(active, jnp.diagonal(H), 1))
-        H = jnp.where(both, scale[:, None] * H * scale, identity)
+        H = jnp.where(both, jnp.outer(scale, scale) * H, identity)
         L = jnp.linalg.cholesky(H + eps * identity, symmetrize_input=False)
         change = scale * jax.scipy.linalg.cho_solve((L, True), scale * r)
         decrement = r @ change
@@ -238,7 +238,7 @@ def pinv(gram: jax.Array) -> jax.Array:
     values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
     kept = values > len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    return jnp.matmul(vectors * inverse, vectors.T, precision="highest")
+    return jnp.matmul(vectors * inverse[None], vectors.T, precision="highest")
 
 
 def project_simplex_residual(
@@ -344,6 +344,7 @@ def _dot(Q, x_high, x_low, start):
     """
     info = jnp.finfo(Q.dtype)
     halve = lambda a: lax.reduce_precision(a, info.nexp, info.nmant // 2)
+    x_high, x_low = x_high[None], x_low[None]
     Q1, x1 = halve(Q), halve(x_high)
     Q2, x2 = Q - Q1, x_high - x1
 
@@ -385,7 +386,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     floor = eps * spread if on_simplex else 0
     level = jnp.maximum(diagonal, floor)
     scale = 1 / _power_of_two(jnp.sqrt(jnp.where(level > 0, level, 1)))
-    Q = Q * scale[:, None] * scale
+    Q = Q * jnp.outer(scale, scale)
     q = q * scale
     lower = lower / scale
     a = scale
@@ -398,13 +399,15 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         best = jnp.arange(size) == jnp.argmin(values)
         start = jnp.where(best, 1 / a, 0)
     normal = a / jnp.max(a, where=allowed, initial=0)  # Adds a multiple of (a'x-1)^2.
-    K = Q + normal[:, None] * normal if on_simplex else Q
-    K = K + (4 * eps * size) * jnp.eye(size, dtype=Q.dtype)
+    K = Q + jnp.outer(normal, normal) if on_simplex else Q
+    identity = jnp.eye(size, dtype=Q.dtype)
 
-    def solve(free, b):
-        both = free[:, None] & free
+    dot = lambda u, v: jnp.sum(u * v)
+
+    def solve(free, b, ridge):
+        both = jnp.outer(free, free)
         L = jnp.linalg.cholesky(
-            jnp.where(both, K, jnp.eye(size, dtype=K.dtype)), symmetrize_input=False
+            jnp.where(both, K + ridge * identity, identity), symmetrize_input=False
         )
         b = jnp.where(free[:, None], b, 0)
         b = lax.linalg.triangular_solve(L, b, left_side=True, lower=True)
@@ -413,12 +416,12 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         )
 
     def body(carry):
-        x, x_low, free, full_steps, _, count = carry
+        x, x_low, free, ridge, full_steps, _, count = carry
         r = -_dot(Q, x, x_low, -q)
         Qx = q - r
         reduced = r
         if on_simplex:
-            reduced = r - a * jnp.sum(r * x)
+            reduced = r - a * dot(r, x)
         # Free the variable of steepest descent, if this is a minimiser of the face.
         on_face = jnp.max(jnp.abs(reduced), where=free, initial=0)
         noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
@@ -429,12 +432,14 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         # The move to the minimiser over the free variables.
         if on_simplex:
             gap = 1 - _dot(a[None], x, x_low, jnp.zeros((1,), Q.dtype))[0]
-            y = solve(free, jnp.stack([reduced, a], 1))
-            move = y[:, 0] + (gap - a @ y[:, 0]) / (a @ y[:, 1]) * y[:, 1]
+            y = solve(free, jnp.stack([reduced, a], 1), ridge)
+            move = y[:, 0] + (gap - dot(a, y[:, 0])) / dot(a, y[:, 1]) * y[:, 1]
         else:
-            move = solve(free, reduced[:, None])[:, 0]
-        move = jnp.where(free, move, 0)
-        decrement = jnp.sum(move * reduced)
+            move = solve(free, reduced[:, None], ridge)[:, 0]
+        failed = ~jnp.all(jnp.isfinite(move))
+        ridge = jnp.where(failed, 16 * ridge, ridge)
+        move = jnp.where(free & ~failed, move, 0)
+        decrement = dot(move, reduced)
         room = jnp.maximum(x - lower, 0)
         blocking = free & (room + move < 0)
         ratio = jnp.where(blocking, room / jnp.where(blocking, -move, 1), jnp.inf)
@@ -445,13 +450,14 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         new = jnp.where(blocked, lower, new)
         new_low = jnp.where(blocked, 0, new_low)
         full_steps = jnp.where(jnp.any(blocked), 0, full_steps + 1)
-        norm2 = jnp.sum(x * Qx)
-        big = (4 * eps) ** 2 * norm2 + eps**3 * jnp.sum(x * x)
-        going = enters | (full_steps < 2) | (decrement > big)
-        return new, new_low, free & ~blocked, full_steps, going, count + 1
+        norm2 = dot(x, Qx)
+        big = (16 * eps) ** 2 * norm2 + eps**3 * dot(x, x)
+        going = failed | enters | (full_steps < 2) | (decrement > big)
+        return new, new_low, free & ~blocked, ridge, full_steps, going, count + 1
 
     free = allowed & (start > lower)
-    carry = (start, 0 * start, free, 1, jnp.array(True), 0)
+    ridge = jnp.asarray(4 * eps, Q.dtype)
+    carry = (start, 0 * start, free, ridge, 1, jnp.all(jnp.isfinite(Q)), 0)
     x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 4 * size + 20), body, carry)
     x = jnp.maximum(x, lower) * scale
     finite = jnp.all(jnp.isfinite(Q)) & jnp.all(jnp.isfinite(q))
