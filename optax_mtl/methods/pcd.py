@@ -123,14 +123,16 @@ def pcd_weights(
     hessian = jnp.where(jnp.outer(~main, ~main), normalized, 0)
     multipliers = solvers.nonnegative_qp(hessian, required)
     # In a solution, a constraint with a multiplier holds with equality. Without one,
-    # the multipliers grow without end along a direction in which constraints fail.
+    # the multipliers grow along a direction in which only rounding errors stop them.
+    noise = 10 * jnp.finfo(gram.dtype).eps
+    errors = multipliers**2 @ jnp.diagonal(hessian) * noise
     gap = multipliers @ (required - hessian @ multipliers)
-    feasible = gap <= 0.1 * (multipliers @ required)
+    feasible = gap + errors <= 0.5 * (multipliers @ required)
     weights = jnp.where(feasible, multipliers, 0) + main
 
     squared = weights @ normalized @ weights
     size = (weights @ jnp.sqrt(jnp.diagonal(normalized))) ** 2
     # Gradients that cancel leave rounding errors, which are no direction.
-    nothing = squared <= 10 * jnp.finfo(gram.dtype).eps * size
+    nothing = squared <= noise * size
     length = gram[primary, primary] / jnp.where(nothing, 1, squared)
     return jnp.where(nothing, 0, weights * scale * jnp.sqrt(length))
