@@ -22,6 +22,7 @@ from optax_mtl.methods import (
     excess_mtl,
     fairgrad,
     famo,
+    gcond,
     geometric_median,
     gls,
     graddrop,
@@ -206,6 +207,21 @@ METHODS: dict[str, Entry] = {
         scale="mean",
         promises="symmetric rotates scales never_conflicts stationary agrees"
         " ignores_absent",
+    ),
+    "gcond": _row(
+        gcond.gcond,
+        "conflict",
+        (
+            "GCond: Gradient Conflict Resolution via Accumulation-based"
+            " Stabilization for Large-Scale Multi-Task Learning",
+            "IEEE Access 2026",
+            "https://arxiv.org/abs/2509.07252",
+        ),
+        reads="gradients",
+        scale="sum",
+        state="T x P",
+        promises="rotates scales agrees ignores_absent",
+        num_tasks=True,
     ),
     "graddrop": _row(
         graddrop.graddrop,
@@ -748,22 +764,31 @@ def get(
 def as_markdown() -> str:
     """The catalog as the table in the README."""
     yes = lambda condition: "yes" if condition else ""
-    head = (
-        "| method | paper | reads | never conflicts | scale-free | scale | state |"
-        " one backward |"
+    columns = (
+        "method",
+        "family",
+        "paper",
+        "never conflicts",
+        "scale-free",
+        "needs losses",
+        "one backward",
+        "extra memory",
+        "scale",
     )
-    lines = [head, "|---" * 8 + "|"]
+    row = lambda cells: f"| {' | '.join(cells)} |"
+    lines = [row(columns), "|" + "---|" * len(columns)]
     for name, entry in METHODS.items():
         _, venue, address = entry.paper
-        columns = [
+        cells = (
             f"`{name}`",
+            entry.family,
             f"[{venue}]({address})" if address else venue,
-            ", ".join(sorted(entry.reads)) or "nothing",
             yes("never_conflicts" in entry.promises),
             yes("scale_free" in entry.promises),
-            entry.scale,
-            entry.state,
+            yes("losses" in entry.reads),
             yes(not entry.reads & {"gram", "gradients"}),
-        ]
-        lines.append(f"| {' | '.join(columns)} |")
+            "" if entry.state in ("none", "tasks") else entry.state,
+            entry.scale,
+        )
+        lines.append(row(cells))
     return "\n".join(lines)

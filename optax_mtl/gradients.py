@@ -146,19 +146,18 @@ def value_and_grad(
             zeros = optax.tree.zeros_like((shared_part, heads))
             try:
                 _, push = jax.linearize(lambda x: push_forward(x, zeros[1]), zeros[0])
-            except TypeError as error:
-                error.add_note(
-                    "optax_mtl.value_and_grad pushes gradients forward through the"
-                    " model; use mode='stacked' where JAX cannot do that"
-                )
-                raise
+            except (NotImplementedError, TypeError) as error:
+                raise TypeError(
+                    "gradients cannot be pushed forward through this model, which"
+                    " probably has a jax.custom_vjp; use mode='stacked'"
+                ) from error
             column = lambda cotangent: push(pull_back(cotangent)[0])
             gram = jax.lax.map(column, jnp.diag(jnp.ones_like(vector)))
             return (gram + gram.T) / 2
 
         view = tasks.GramView(len(vector), compute_gram)
         weights, state = method.update(view, state, params, losses=vector)
-        if jnp.shape(weights) != vector.shape:
+        if getattr(weights, "shape", None) != vector.shape:
             raise TypeError(
                 f"expected the weights of {len(vector)} tasks, but the method returned"
                 f" {weights}: give a method of optax_mtl, and apply the rest of the"

@@ -390,14 +390,13 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     q = q * scale
     lower = lower / scale
     a = scale
+    first = lower
     if start is not None:
-        start = start / scale
-    elif not on_simplex:
-        start = lower
-    else:
+        first = start / scale
+    elif on_simplex:
         values = jnp.where(allowed, jnp.diagonal(Q) / (2 * a * a) - q / a, jnp.inf)
         best = jnp.arange(size) == jnp.argmin(values)
-        start = jnp.where(best, 1 / a, 0)
+        first = jnp.where(best, 1 / a, 0)
     normal = a / jnp.max(a, where=allowed, initial=0)  # Adds a multiple of (a'x-1)^2.
     K = Q + jnp.outer(normal, normal) if on_simplex else Q
     identity = jnp.eye(size, dtype=Q.dtype)
@@ -415,6 +414,36 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
             L, b, left_side=True, lower=True, transpose_a=True
         )
 
+    def newton(free, reduced, gap, ridge):
+        if not on_simplex:
+            return solve(free, reduced[:, None], ridge)[:, 0]
+        y = solve(free, jnp.stack([reduced, a], 1), ridge)
+        return y[:, 0] + (gap - dot(a, y[:, 0])) / dot(a, y[:, 1]) * y[:, 1]
+
+    # A first guess of the free variables, by exchanging all that are wrong at once.
+    def exchange(carry):
+        free, _, fewest, patience, count = carry
+        x = lower + newton(free, q - jnp.sum(Q * lower, 1), 1, 100 * eps)
+        r = q - jnp.sum(Q * x, 1)
+        if on_simplex:
+            r = r - a * dot(r, x)
+        tolerance = 100 * eps * jnp.max(jnp.abs(q) + jnp.abs(q - r))
+        wrong = jnp.where(free, x < lower, allowed & (r > tolerance))
+        number = jnp.sum(wrong)
+        patience = jnp.where(number < fewest, 3, patience - 1)
+        return free ^ wrong, x, jnp.minimum(number, fewest), patience, count + 1
+
+    if start is None and size > 8:
+        free = allowed & (on_simplex | (q - jnp.sum(Q * lower, 1) > 0))
+        _, x, *_ = lax.while_loop(
+            lambda c: (c[2] > 0) & (c[3] > 0) & (c[4] < 20),
+            exchange,
+            (free, lower, size + 1, 3, 0),
+        )
+        guess = jnp.maximum(x, lower)
+        guess = guess / dot(a, guess) if on_simplex else guess
+        first = jnp.where(jnp.all(jnp.isfinite(guess)), guess, first)
+
     def body(carry):
         x, x_low, free, ridge, full_steps, _, count = carry
         r = -_dot(Q, x, x_low, -q)
@@ -430,12 +459,8 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         enters = (full_steps > 0) & (steepest[entering] > 4 * on_face + noise)
         free = free | (enters & (jnp.arange(size) == entering))
         # The move to the minimiser over the free variables.
-        if on_simplex:
-            gap = 1 - _dot(a[None], x, x_low, jnp.zeros((1,), Q.dtype))[0]
-            y = solve(free, jnp.stack([reduced, a], 1), ridge)
-            move = y[:, 0] + (gap - dot(a, y[:, 0])) / dot(a, y[:, 1]) * y[:, 1]
-        else:
-            move = solve(free, reduced[:, None], ridge)[:, 0]
+        gap = 1 - _dot(a[None], x, x_low, jnp.zeros((1,), Q.dtype))[0]
+        move = newton(free, reduced, gap, ridge)
         failed = ~jnp.all(jnp.isfinite(move))
         ridge = jnp.where(failed, 16 * ridge, ridge)
         move = jnp.where(free & ~failed, move, 0)
@@ -455,9 +480,9 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         going = failed | enters | (full_steps < 2) | (decrement > big)
         return new, new_low, free & ~blocked, ridge, full_steps, going, count + 1
 
-    free = allowed & (start > lower)
+    free = allowed & (first > lower)
     ridge = jnp.asarray(4 * eps, Q.dtype)
-    carry = (start, 0 * start, free, ridge, 1, jnp.all(jnp.isfinite(Q)), 0)
+    carry = (first, 0 * first, free, ridge, 1, jnp.all(jnp.isfinite(Q)), 0)
     x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 4 * size + 20), body, carry)
     x = jnp.maximum(x, lower) * scale
     finite = jnp.all(jnp.isfinite(Q)) & jnp.all(jnp.isfinite(q))

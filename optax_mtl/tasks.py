@@ -189,40 +189,74 @@ def gram(updates: optax.Updates) -> jax.Array:
     if isinstance(updates, GramView):
         return updates.compute()
     check_stacked(updates)
-    return sum(_gram_leaf(x) for x in jax.tree.leaves(updates))
+    (products,) = inner_products(updates, updates)
+    return products
 
 
-def _gram_leaf(x: jax.Array) -> jax.Array:
+def inner_products(
+    updates: optax.Updates, *others: optax.Updates
+) -> tuple[jax.Array, ...]:
+    """Inner products of stacked gradients with others, in one pass over all.
+
+    Args:
+      updates: stacked gradients, leaves of shape ``(T, *p)``.
+      *others: trees of the same structure, such as the updates themselves or those
+        of another step, leaves of shape ``(S, *p)``.
+
+    Returns:
+      An array of shape ``(T, S)`` for each of the others, in the precision that
+      :func:`gram` has.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_mtl import tasks
+      >>> updates, last = jnp.array([[-4.0, 1, 1], [6, 1, 1]]), jnp.array([[0.0, 1, 1]])
+      >>> print(tasks.inner_products(updates, last)[0])
+      [[2.]
+       [2.]]
+    """
+    leaves = [jax.tree.leaves(tree) for tree in (updates, *others)]
+    products = [_leaf_products(*same) for same in zip(*leaves, strict=True)]
+    return tuple(sum(parts) for parts in zip(*products, strict=True))
+
+
+def _leaf_products(x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     mesh = jax.typeof(x).sharding.mesh
     # XLA's CPU contraction over a huge axis runs from memory; blocks run from cache.
     one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     if mesh.empty and one_cpu and x.size > 2 * _BLOCK_ELEMENTS:
-        return _gram_in_blocks(x.reshape(len(x), -1), _BLOCK_ELEMENTS // len(x))
+        flat = [y.reshape(len(y), -1) for y in (x, *others)]
+        return _products_in_blocks(_BLOCK_ELEMENTS // len(x), *flat)
     kwargs = {}
     if AxisType.Explicit in mesh.axis_types:
         kwargs["out_sharding"] = NamedSharding(mesh, PartitionSpec(None, None))
     axes = tuple(range(1, x.ndim))
-    # Contracting all trailing axes as they are keeps a sharded leaf sharded.
-    out = jax.lax.dot_general(
-        x,
-        x.conj(),
-        ((axes, axes), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-        **kwargs,
-    )
-    return out.real
+
+    def product(y):
+        # Contracting all trailing axes as they are keeps a sharded leaf sharded.
+        out = jax.lax.dot_general(
+            x,
+            y.astype(x.dtype).conj(),
+            ((axes, axes), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+            **kwargs,
+        )
+        return out.real
+
+    return tuple(product(y) for y in others)
 
 
-def _gram_in_blocks(x: jax.Array, size: int) -> jax.Array:
-    """Gram matrix of a matrix ``(T, P)``, ``size`` columns at a time."""
+def _products_in_blocks(size: int, *matrices: jax.Array) -> tuple[jax.Array, ...]:
+    """Products of matrices of shape ``(T, P)``, ``size`` columns at a time."""
     size = max(size, 1)
-    full = x.shape[1] // size
-    add = lambda i, total: (
-        total + _gram_leaf(jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1))
-    )
-    total = jax.lax.fori_loop(1, full, add, _gram_leaf(x[:, :size]))
-    return total + _gram_leaf(x[:, full * size :])
+    full = matrices[0].shape[1] // size
+    block = lambda i: [
+        jax.lax.dynamic_slice_in_dim(y, i * size, size, axis=1) for y in matrices
+    ]
+    add = lambda i, total: jax.tree.map(jnp.add, total, _leaf_products(*block(i)))
+    total = _leaf_products(*(y[:, full * size :] for y in matrices))
+    return jax.lax.fori_loop(0, full, add, total)
 
 
 def combine(weights: jax.Array, updates: optax.Updates) -> optax.Updates:

@@ -76,8 +76,10 @@ def test_vmap_and_grad():
 @pytest.mark.parametrize("size", [7, 16, 64, 128])
 def test_blocks(size):
     flat = jnp.asarray(ARRAY.reshape(3, -1))
-    blocks = functools.partial(tasks._gram_in_blocks, size=size)
-    np.testing.assert_allclose(jax.jit(blocks)(flat), GRAM, rtol=1e-5, atol=1e-4)
+    blocks = functools.partial(tasks._products_in_blocks, size)
+    gram, first_row = jax.jit(blocks)(flat, flat, flat[:1])
+    np.testing.assert_allclose(gram, GRAM, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(first_row, GRAM[:, :1], rtol=1e-5, atol=1e-4)
 
 
 SPECS = [P(None, "data"), P(None, None, "data"), P(None, "data", "model"), P()]

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_mtl import base, tasks
 
@@ -164,7 +163,7 @@ def gcond(
         del extra_args
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
-        gram, products = _measure(updates, state.previous)
+        gram, products = tasks.inner_products(updates, updates, state.previous)
         finite = base.all_finite(gram)
         norms = jnp.sqrt(jnp.diagonal(gram))
         here = tasks.present(gram) & finite
@@ -380,47 +379,6 @@ def scale_by_lion_lars(
         return jnp.sign(update) * jnp.where(defined, ratio, 1).astype(update.dtype)
 
     return optax.with_extra_args_support(optax.stateless_with_tree_map(scale))
-
-
-def _measure(updates, previous):
-    """Products of the gradients with each other and with the last ones."""
-    leaves = zip(jax.tree.leaves(updates), jax.tree.leaves(previous), strict=True)
-    grams, products = zip(*(_measure_leaf(x, p) for x, p in leaves), strict=True)
-    return sum(grams), sum(products)
-
-
-def _measure_leaf(x, p):
-    mesh = jax.typeof(x).sharding.mesh
-    # As in `tasks.gram`: one pass, in blocks that fit the cache of a CPU core.
-    one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    if mesh.empty and one_cpu and x.size > 2 * tasks._BLOCK_ELEMENTS:
-        return _measure_in_blocks(x.reshape(len(x), -1), p.reshape(len(p), -1))
-    kwargs = {}
-    if AxisType.Explicit in mesh.axis_types:
-        kwargs["out_sharding"] = NamedSharding(mesh, PartitionSpec(None, None))
-    axes = tuple(range(1, x.ndim))
-    products = lambda y: (
-        jax.lax.dot_general(
-            x,
-            y.astype(x.dtype).conj(),
-            ((axes, axes), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-            **kwargs,
-        ).real
-    )
-    return products(x), products(p)
-
-
-def _measure_in_blocks(x, p):
-    size = max(tasks._BLOCK_ELEMENTS // len(x), 1)
-    full = x.shape[1] // size
-    block = lambda z, i: jax.lax.dynamic_slice_in_dim(z, i * size, size, axis=1)
-    add = lambda i, total: jax.tree.map(
-        jnp.add, total, _measure_leaf(block(x, i), block(p, i))
-    )
-    total = _measure_leaf(x[:, full * size :], p[:, full * size :])
-    return jax.lax.fori_loop(0, full, add, total)
 
 
 def _column(vector, like):

@@ -1,0 +1,91 @@
+"""The two-task toy problem of the CAGrad and Nash-MTL papers: a figure of paths.
+
+    python -m benchmarks.toy                # about two minutes; writes runs/toy.png
+    python -m benchmarks.toy --methods linear pcgrad sam_gs --steps 5000
+
+Seven starts, Adam with learning rate 1e-3 after each method. Prints the sum of both
+losses at the end of each path; the best possible is -30.18.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import optax_mtl
+
+METHODS = "linear pcgrad cagrad mgda nash_mtl upgrad aligned_mtl sam_gs".split()
+STARTS = [(-8, 5), (-3, 7.5), (0, 10), (3, 7.5), (8, 5), (-10, -3), (10, -3)]
+OPTIONS = {"sam_gs": {"scale_by_num_tasks": True}}
+
+
+def toy_losses(x):
+    """The problem with one optimum; the signs are those of the authors' code."""
+    a, b = x
+    f1 = jnp.log(jnp.maximum(jnp.abs(0.5 * (-a - 7) - jnp.tanh(-b)), 5e-6)) + 6
+    f2 = jnp.log(jnp.maximum(jnp.abs(0.5 * (-a + 3) + jnp.tanh(-b) + 2), 5e-6)) + 6
+    c1 = jnp.maximum(jnp.tanh(b / 2), 0)
+    c2 = jnp.maximum(jnp.tanh(-b / 2), 0)
+    q1 = ((-a + 7) ** 2 + 0.1 * (-b - 8) ** 2) / 10 - 20
+    q2 = ((-a - 7) ** 2 + 0.1 * (-b - 8) ** 2) / 10 - 20
+    return jnp.array([f1 * c1 + q1 * c2, f2 * c1 + q2 * c2])
+
+
+def descend(method, steps):
+    """The paths from all starts, shape (7, steps, 2), by one compiled scan."""
+    tx = optax.chain(method, optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+
+    def step(carry, _):
+        params, state = carry
+        losses, updates = toy_losses(params), jax.jacrev(toy_losses)(params)
+        updates, state = tx.update(updates, state, params, losses=losses)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    run = lambda start: jax.lax.scan(step, (start, tx.init(start)), length=steps)[1]
+    return jax.jit(jax.vmap(run))(jnp.array(STARTS, jnp.float32))
+
+
+def plot_paths(ax, paths):
+    a, b = np.meshgrid(np.linspace(-11, 11, 200), np.linspace(-11, 11, 200))
+    points = jnp.asarray(np.stack([a.ravel(), b.ravel()], axis=1))
+    total = jax.vmap(toy_losses)(points).sum(axis=1).reshape(a.shape)
+    ax.contour(a, b, total, levels=25, cmap="Greys_r", linewidths=0.5)
+    for path, color in zip(paths, plt.colormaps["plasma"](np.linspace(0.1, 0.85, 7))):
+        ax.plot(*path.T, color=color, linewidth=1.6)
+        ax.plot(*path[0], "o", color=color, markersize=5)
+        ax.plot(*path[-1], "*", color="black", markersize=11, zorder=3)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--steps", type=int, default=26_000)
+    parser.add_argument("--out", type=pathlib.Path, default="runs/toy.png")
+    args = parser.parse_args()
+
+    rows = -(-len(args.methods) // 4)
+    fig, axes = plt.subplots(
+        rows, 4, figsize=(12, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for name, ax in zip(args.methods, axes.flat):
+        method = optax_mtl.get(name, 2, **OPTIONS.get(name, {}))
+        paths = np.asarray(descend(method, args.steps))
+        sums = np.asarray(jax.vmap(toy_losses)(paths[:, -1]).sum(axis=1))
+        reached = int(np.sum(sums < -30.1))
+        print(f"{name:16} {reached} of 7 arrive; sums {np.round(sums, 2)}", flush=True)
+        plot_paths(ax, np.concatenate([np.array(STARTS)[:, None], paths], axis=1))
+        ax.set_title(f"{name}: {reached} of {len(STARTS)} arrive", fontsize=11)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(args.out, dpi=110)
+    print(f"figure: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
