@@ -23,7 +23,7 @@ class Config:
     eval_every: int = 50
     batch_size: int = 64
     test_size: int = 2000
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     features: int = 12  # Few, so that the tasks conflict.
     data: str = ""  # FILE.npz with x_train, y_train, x_test, y_test.
     out: str = "runs/quickstart"
