@@ -1,0 +1,493 @@
+"""Values and laws of the methods from elsewhere: papers, other code, other solvers.
+
+One row a value. "NumPy" stands for values that were computed from the definition with
+NumPy in float64, "TorchJD" for values of its own tests or runs, version 0.17 or 0.18.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import quadprog
+import scipy.optimize
+
+import optax_mtl
+from optax_mtl import weights
+from optax_mtl.methods import pcgrad, random_weights
+
+J2 = [[-4.0, 1, 1], [6, 1, 1]]  # Of TorchJD's test_values.py.
+J3 = [[3.0, 1, 0, 1], [-2, 1, 1, 0], [1, -1, 2, 0.5]]
+ONE = [[3.0, 4]]
+EQUAL = [[1.0, 2, 2]] * 3
+OPPOSITE = [[1.0, 0], [-2, 0]]
+KRUM = [[1.0, 1, 1], [1, 0, 1], [75, -666, 23], [1, 2, 3], [2, 0, 1]]
+EYE2, EYE3 = np.eye(2), np.eye(3)
+
+
+class Row(NamedTuple):
+    name: str
+    options: dict[str, Any]
+    gradients: Any
+    weights: Any = None  # None where only the update is known.
+    update: Any = None  # None where it is the combination with these weights.
+    source: str = "NumPy"
+    tolerance: float = 1e-6
+    losses: Any = None
+    steps: int = 1
+
+
+def shortest_of_two(m11, m12, m22):
+    first = (m22 - m12) / (m11 + m22 - 2 * m12)
+    return np.array([first, 1 - first])
+
+
+COSINE = -22 / np.sqrt(18 * 38)
+BY_LOSS = shortest_of_two(18 / 4, -22, 38 * 4)
+BY_PRODUCT = shortest_of_two(1 / 4, COSINE, 4)
+NORMS = np.sqrt([18, 38])
+RAW = {"apply_to": "raw"}
+FREE = {"max_norm": None}
+PAPER = {"rescale": False}
+SGD = optax.sgd(0.1)
+TWO = "closed form for two tasks"
+
+ROWS = [
+    Row("linear", {}, J2, [1, 1], [2, 2, 2]),
+    Row("mgda", {}, J2, [0.6, 0.4], [0, 1, 1], "TorchJD, NumPy"),
+    Row("mgda", {"normalization": "l2"}, J2, 0.5 / NORMS, source=TWO),
+    Row("mgda", {"normalization": "l2"} | RAW, J2, [0.5, 0.5], [1, 1, 1], TWO),
+    Row("mgda", {"normalization": "loss"}, J2, BY_LOSS / [2, 0.5], losses=[2, 0.5]),
+    Row("mgda", {"normalization": "loss"} | RAW, J2, BY_LOSS, losses=[2, 0.5]),
+    Row(
+        "mgda",
+        {"normalization": "loss+"},
+        J2,
+        BY_PRODUCT / ([2, 0.5] * NORMS),
+        losses=[2, 0.5],
+        source=TWO,
+    ),
+    Row(
+        "mgda",
+        {"preference": [2.0, 1.0]},
+        J2,
+        shortest_of_two(72, -44, 38) * [2, 1],
+        source=TWO,
+    ),
+    Row("mgda", {}, J3, [0.316619, 0.514327, 0.169054]),
+    Row("pcgrad", {}, J2, [2.222222, 1.578947], [0.584795, 3.80117, 3.80117]),
+    Row("gradvac", {}, J2, [2.222222, 1.578947], [0.584795, 3.80117, 3.80117]),
+    Row(
+        "gradvac",
+        {"beta": 0.5},
+        J2,
+        [1.857988, 1.406415],
+        [1.00654, 3.264403, 3.264403],
+        steps=2,
+    ),
+    Row("cagrad", {"c": 0.5} | PAPER, J2, [0.704124, 0.5], source="SLSQP, TorchJD"),
+    Row("cagrad", {}, J2, [0.57181, 0.431034], [0.298968, 1.002844, 1.002844]),
+    Row("cagrad", {"c": 1.0} | PAPER, J2, [1.2, 0.8], [0, 2, 2], "2 x MGDA"),
+    Row("cagrad", {"c": 0.5} | PAPER, J3, [0.358164, 0.627026, 0.333333]),
+    Row("imtl_g", {}, J2, [0.59233, 0.40767], [0.076697, 1, 1], "NumPy, TorchJD"),
+    Row("imtl_g", {"strict_paper": True}, J2, [0.59233, 0.40767]),
+    Row("imtl_g", {}, J3, [0.349135, 0.513167, 0.137699]),
+    Row("nash_mtl", {}, J2, [0.418226, 0.287843], [0.054153, 0.706069, 0.706069]),
+    Row("nash_mtl", FREE, J2, [0.591461, 0.407071], [0.076584, 0.998533, 0.998533]),
+    Row("nash_mtl", FREE, J3, [0.431395, 0.669775, 0.368637]),
+    Row("fairgrad", {"alpha": 1.0} | FREE, J2, [0.591461, 0.407071]),
+    Row("fairgrad", FREE, J2, [0.471363, 0.319454], [0.031274, 0.790817, 0.790817]),
+    Row("fairgrad", {"alpha": 0.0} | FREE, J2, [0.5, 0.5], [1, 1, 1], "TorchJD"),
+    Row("fairgrad", {"alpha": 0.5} | FREE, J3, [0.549221, 0.802294, 0.514086]),
+    Row("fairgrad", FREE, J3, [0.347638, 0.556788, 0.262387]),
+    Row("fairgrad", {"alpha": 5.0} | FREE, J3, [0.28536, 0.462941, 0.184318]),
+    Row("aligned_mtl", {}, J2, [1.118144, 0.816522], [0.426557, 1.934666, 1.934666]),
+    Row(
+        "aligned_mtl",
+        {"preference": [0.5, 0.5], "scale_mode": "rmse"},
+        J2,
+        [1.5109, 1.1033],
+        [0.5764, 2.6142, 2.6142],
+        source="TorchJD, to four decimals",
+        tolerance=1e-4,
+    ),
+    Row("aligned_mtl", {}, J3, [0.762373, 1.081985, 0.609884]),
+    Row("aligned_mtl", {"scale_mode": "median"}, J3, [1.063481, 1.509328, 0.850765]),
+    Row("aligned_mtl", {"scale_mode": "rmse"}, J3, [1.260979, 1.789624, 1.00876]),
+    Row("upgrad", {}, J2, [10 / 9, 15 / 19], [0.292398, 1.900585, 1.900585]),
+    Row("upgrad", {}, J3, [0.484848, 0.666667, 0.333333]),
+    Row("dualproj", {}, J2, [11 / 18, 0.5], [5 / 9, 10 / 9, 10 / 9], TWO),
+    Row("dualproj", {}, J3, [1 / 3, 1 / 3, 1 / 3], source="the mean is in the cone"),
+    Row("config", {}, J2, [1.226483, 0.844124], [0.158809, 2.070607, 2.070607]),
+    Row("config", {}, J3, [1.045953, 1.537369, 0.412524]),
+    Row(
+        "krum",
+        {"num_byzantine": 1, "num_selected": 4},
+        KRUM,
+        [0.25, 0.25, 0, 0.25, 0.25],
+        [1.25, 0.75, 1.5],
+        source="TorchJD",
+    ),
+    Row("trimmed_mean", {"num_trimmed": 2}, KRUM, update=[1, 0, 1], source="median"),
+    Row("gls", {}, EYE3, [1 / 6, 2 / 3, 1 / 3], losses=[2, 0.5, 1]),
+    Row("uncertainty_weighting", {}, EYE2, [0.5, 0.5], losses=[4, 1]),
+    Row(
+        "uncertainty_weighting",
+        {"optimizer": SGD},
+        EYE2,
+        [0.5 * np.exp(-0.15), 0.5],
+        source="s = 0.1 (2 - 1/2)",
+        losses=[4, 1],
+        steps=2,
+    ),
+    Row(
+        "uncertainty_weighting",
+        {"form": "classification", "optimizer": SGD},
+        EYE2,
+        np.exp([-0.35, -0.05]),
+        source="s = 0.1 (L - 1/2)",
+        losses=[4, 1],
+        steps=2,
+    ),
+    Row(
+        "uncertainty_weighting",
+        {"form": "tutorial", "optimizer": SGD},
+        EYE2,
+        [np.exp(-0.3), 1],
+        source="s = 0.1 (L - 1)",
+        losses=[4, 1],
+        steps=2,
+    ),
+    # Equal gradients: the native scale.
+    *(
+        Row(name, options, EQUAL, update=np.multiply(factor, EQUAL[0]), source="scale")
+        for name, options, factor in [
+            ("linear", {}, 3),
+            ("pcgrad", {}, 3),
+            ("gradvac", {}, 3),
+            ("config", {}, 3),
+            ("aligned_mtl", {}, 3),
+            ("graddrop", {}, 3),
+            ("mean", {}, 1),
+            ("mgda", {}, 1),
+            ("imtl_g", {}, 1),
+            ("upgrad", {}, 1),
+            ("dualproj", {}, 1),
+            ("krum", {}, 1),
+            ("trimmed_mean", {}, 1),
+            ("cagrad", {"c": 0.5} | PAPER, 1.5),
+            ("nash_mtl", FREE, np.sqrt(3) / 3),
+        ]
+    ),
+    # One task.
+    Row("nash_mtl", {}, ONE, [0.2], [0.6, 0.8], "unit vector"),
+    Row("fairgrad", FREE, ONE, [5 ** (-4 / 3)], source="n ** (-2 a / (1 + a))"),
+    Row("cagrad", {"c": 0.5}, ONE, [1.2], source="(1 + c) / (1 + c ** 2)"),
+    # Opposite gradients: Pareto stationary.
+    Row("mgda", {}, OPPOSITE, [2 / 3, 1 / 3], [0, 0]),
+    Row("pcgrad", {}, OPPOSITE, update=[0, 0]),
+    Row("upgrad", {}, OPPOSITE, update=[0, 0]),
+    Row("dualproj", {}, OPPOSITE, update=[0, 0]),
+    Row("aligned_mtl", {}, OPPOSITE, update=[-1, 0]),
+    Row("config", {}, OPPOSITE, update=[0, 0], source="the pseudo-inverse gives 0"),
+    Row("imtl_g", {}, OPPOSITE, update=[0, 0], source="(2, 1) / 3 by the paper"),
+    Row("imtl_g", {"strict_paper": True}, OPPOSITE, [-1, 2], [-5, 0], tolerance=1e-5),
+    Row("nash_mtl", FREE, OPPOSITE, [0, 0], source="no solution: zero by definition"),
+    Row("fairgrad", FREE, OPPOSITE, [0, 0], source="no solution: zero by definition"),
+]
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.name}-{len(r.gradients)}")
+def test_value(row, double):
+    with jax.enable_x64(double):
+        gradients = jnp.asarray(row.gradients, float)
+        losses = None if row.losses is None else jnp.asarray(row.losses, float)
+        method = optax_mtl.get(row.name, len(gradients), **row.options)
+        elementwise = "gradients" in optax_mtl.METHODS[row.name].reads
+
+        @jax.jit
+        def step(gradients, state):
+            view = optax_mtl.GramView(len(gradients), lambda: optax_mtl.gram(gradients))
+            updates = gradients if elementwise else view
+            return method.update(updates, state, losses=losses)
+
+        state = method.init(gradients[0])
+        for _ in range(row.steps):
+            found, state = step(gradients, state)
+    # Half a unit of the last digit given; in float32, the accuracy of the Gram matrix.
+    tolerance = max(row.tolerance, 0 if double else 1e-5)
+    if row.weights is not None:
+        np.testing.assert_allclose(found, row.weights, atol=tolerance)
+    if row.update is not None:
+        update = found if elementwise else np.asarray(found) @ np.array(row.gradients)
+        size = max(np.linalg.norm(row.gradients, axis=1).max(), 1)
+        np.testing.assert_allclose(update, row.update, atol=tolerance * size)
+
+
+def random_gradients(num_tasks, num_params=12, count=8, seed=0):
+    """Gradients whose norms differ by a factor of about ten."""
+    rng = np.random.default_rng(seed)
+    scales = np.exp(rng.normal(size=(count, num_tasks, 1)))
+    return scales * rng.normal(size=(count, num_tasks, num_params))
+
+
+def weights_of(name, batch, **options):
+    """Weights and Gram matrices for a batch of gradients, in float64."""
+    with jax.enable_x64(True):
+        method = optax_mtl.get(name, batch.shape[1], **options)
+        grams = batch @ batch.transpose(0, 2, 1)
+
+        @jax.jit
+        @jax.vmap
+        def find(gram):
+            view = optax_mtl.GramView(len(gram), lambda: gram)
+            return method.update(view, method.init(None))[0]
+
+        return np.asarray(find(jnp.asarray(grams))), grams
+
+
+def test_regularized_projections_are_those_of_torchjd():
+    gram = np.array([[18.0, -22], [-22, 38]]) / 56 + 1e-4 * np.eye(2)
+    with jax.enable_x64(True):
+        half = jnp.full(2, 0.5)
+        gram = jnp.asarray(gram)
+        found = weights.upgrad(gram, half), weights.dualproj(gram, half)
+    expected = [[1.110921, 0.789431], [0.610921, 0.5]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_pcgrad_in_given_orders():
+    gram = jnp.asarray(np.array(J3) @ np.array(J3).T)
+    for order, expected in [
+        ([0, 1, 2], [1.454545, 2, 1]),
+        ([2, 1, 0], [1.418182, 2, 1.16]),
+    ]:
+        orders = jnp.tile(jnp.array(order), (3, 1))
+        np.testing.assert_allclose(weights.pcgrad(gram, orders), expected, atol=1e-5)
+
+
+def test_dwa_of_given_rates():
+    found = weights.dwa(jnp.array([0.5, 1, 2]))
+    np.testing.assert_allclose(found, [0.681659, 0.875268, 1.443073], atol=1e-6)
+
+
+def test_nash_has_squared_norm_of_the_number_of_tasks():
+    found, grams = weights_of("nash_mtl", random_gradients(5), max_norm=None)
+    squares = np.einsum("ni,nij,nj->n", found, grams, found)
+    np.testing.assert_allclose(squares, 5, rtol=1e-9)
+
+
+def test_fairgrad_of_one_is_nash():
+    batch = random_gradients(4)
+    fair, _ = weights_of("fairgrad", batch, alpha=1.0)
+    np.testing.assert_allclose(fair, weights_of("nash_mtl", batch)[0], rtol=1e-9)
+
+
+def test_preferences_solve_their_equations():
+    batch, preference = random_gradients(4), np.array([1.0, 2, 0.5, 3])
+    for alpha in (0.5, 2.0):
+        found, grams = weights_of(
+            "fairgrad", batch, alpha=alpha, max_norm=None, preference=preference
+        )
+        progress = np.einsum("nij,nj->ni", grams, found)
+        np.testing.assert_allclose(
+            progress, preference * found ** (-1 / alpha), rtol=1e-8
+        )
+
+
+def test_cagrad_of_zero_is_the_mean():
+    found, _ = weights_of("cagrad", random_gradients(4), c=0.0)
+    np.testing.assert_allclose(found, np.full_like(found, 1 / 4), rtol=1e-9)
+
+
+def test_first_step_of_gradvac_is_pcgrad():
+    for gradients in random_gradients(5, count=3):
+        gram = jnp.asarray(gradients @ gradients.T, jnp.float32)
+        orders = pcgrad.random_orders(jax.random.key(1), 5)
+        found, _ = weights.gradvac(gram, jnp.zeros((5, 5)), orders)
+        np.testing.assert_allclose(found, weights.pcgrad(gram, orders), rtol=1e-4)
+
+
+def test_upgrad_of_two_tasks_is_half_of_pcgrad():
+    batch = random_gradients(2, num_params=3)
+    half = weights_of("pcgrad", batch)[0] / 2
+    np.testing.assert_allclose(weights_of("upgrad", batch)[0], half, rtol=1e-9)
+
+
+def test_config_has_equal_cosines():
+    found, grams = weights_of("config", random_gradients(5))
+    norms = np.sqrt(np.einsum("nii->ni", grams))
+    length = np.sqrt(np.einsum("ni,nij,nj->n", found, grams, found))
+    cosines = np.einsum("nij,nj->ni", grams, found) / norms / length[:, None]
+    np.testing.assert_allclose(cosines, cosines[:, :1] * np.ones(5), rtol=1e-9)
+    assert np.all(cosines > 0)
+
+
+@pytest.mark.parametrize(
+    "length, norm",
+    [
+        ("min", min(NORMS)),
+        ("max", max(NORMS)),
+        ("arithmetic", np.mean(NORMS)),
+        ("geometric", np.sqrt(np.prod(NORMS))),
+        ("harmonic", 2 / np.sum(1 / NORMS)),
+        (0, NORMS[0]),
+    ],
+)
+def test_lengths_of_config(length, norm):
+    found, (gram,) = weights_of("config", np.array([J2]), length=length)
+    cosine = np.sqrt((1 + COSINE) / 2)  # With the bisector of the two.
+    actual = np.sqrt(found[0] @ gram @ found[0])
+    np.testing.assert_allclose(actual, 2 * cosine * norm, rtol=1e-9)
+
+
+def test_config_has_cosines_in_ratio_of_the_preference():
+    preference = np.array([1.0, 2, 0.5])
+    found, grams = weights_of("config", random_gradients(3), preference=preference)
+    norms = np.sqrt(np.einsum("nii->ni", grams))
+    ratios = np.einsum("nij,nj->ni", grams, found) / norms / preference
+    np.testing.assert_allclose(ratios, ratios[:, :1] * np.ones(3), rtol=1e-9)
+
+
+def test_imtl_g_has_equal_projections():
+    found, grams = weights_of("imtl_g", random_gradients(5))
+    norms = np.sqrt(np.einsum("nii->ni", grams))
+    projections = np.einsum("nij,nj->ni", grams, found) / norms
+    expected = projections[:, :1] * np.ones(5)
+    np.testing.assert_allclose(projections, expected, rtol=1e-9)
+
+
+def test_imtl_g_does_not_ascend():
+    norms, cosines = np.array([1, 1, 0.1]), np.eye(3)
+    cosines[2, :2] = cosines[:2, 2] = 0.65
+    batch = np.linalg.cholesky(np.outer(norms, norms) * cosines)[None]
+    strict, (gram,) = weights_of("imtl_g", batch, strict_paper=True)
+    np.testing.assert_allclose(strict[0], [-0.152, -0.152, 1.304], atol=5e-4)
+    np.testing.assert_allclose(gram @ strict[0] / norms, [-0.067] * 3, atol=5e-4)
+    guarded, _ = weights_of("imtl_g", batch)
+    projections = gram @ guarded[0] / norms
+    np.testing.assert_allclose(projections, projections[0], rtol=1e-9)
+    assert projections[0] > 0
+
+
+@pytest.mark.parametrize("num_tasks", [3, 8])
+def test_mgda_and_projections_against_quadprog(num_tasks):
+    batch = random_gradients(num_tasks, count=4, seed=num_tasks)
+    eye, uniform = np.eye(num_tasks), np.full(num_tasks, 1 / num_tasks)
+    zero = np.zeros(num_tasks)
+    mgda, grams = weights_of("mgda", batch)
+    upgrad, _ = weights_of("upgrad", batch)
+    dualproj, _ = weights_of("dualproj", batch)
+    simplex = np.column_stack([np.ones(num_tasks), eye])
+    for i, gram in enumerate(grams):
+        solve = lambda *rest, q=gram: quadprog.solve_qp(q, zero, *rest)[0]
+        expected = solve(simplex, np.append(1.0, zero), 1)
+        np.testing.assert_allclose(mgda[i], expected, rtol=1e-7, atol=1e-9)
+        expected = sum(solve(eye, row) for row in eye) / num_tasks
+        np.testing.assert_allclose(upgrad[i], expected, rtol=1e-7, atol=1e-9)
+        expected = solve(eye, uniform)
+        np.testing.assert_allclose(dualproj[i], expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("c", [0.2, 0.8])
+def test_cagrad_against_slsqp(c):
+    batch = random_gradients(4, count=4)
+    found, grams = weights_of("cagrad", batch, c=c, rescale=False)
+    uniform = np.full(4, 1 / 4)
+    for w, gram in zip(found, grams / np.einsum("nii->n", grams)[:, None, None]):
+        radius = c * np.sqrt(uniform @ gram @ uniform)
+        hull = scipy.optimize.minimize(
+            lambda x, g=gram, r=radius: x @ g @ uniform + r * np.sqrt(x @ g @ x),
+            uniform,
+            method="SLSQP",
+            bounds=[(0, 1)] * 4,
+            constraints={"type": "eq", "fun": lambda x: x.sum() - 1},
+            options={"ftol": 1e-15, "maxiter": 1000},
+        ).x
+        expected = uniform + radius / np.sqrt(hull @ gram @ hull) * hull
+        np.testing.assert_allclose(w, expected, atol=1e-5)  # SLSQP's own accuracy.
+
+
+def test_expectation_of_graddrop_is_the_sum():
+    gradients, count = jnp.array([[1.0, -4, 3, 0], [2, -2, -1, 0], [0, 1, -3, 0]]), 4096
+    draw = lambda key: optax_mtl.graddrop().update(
+        gradients, optax_mtl.graddrop(key=key).init(None)
+    )[0]
+    keys = jax.random.split(jax.random.key(0), count)
+    updates = np.asarray(jax.jit(jax.vmap(draw))(keys))
+    total, sizes = gradients.sum(axis=0), jnp.abs(gradients).sum(axis=0)
+    # A draw is the sum of one sign: two values that are `sizes` apart.
+    values = np.stack([(total + sizes) / 2, (total - sizes) / 2])
+    assert np.all(np.isclose(updates, values[0]) | np.isclose(updates, values[1]))
+    deviation = np.sqrt(-np.prod(values, axis=0) / count)
+    assert np.all(np.abs(updates.mean(axis=0) - total) <= 5 * deviation)
+
+
+def test_graddrop_leaks_and_keeps():
+    gradients = jnp.array([[1.0, -4], [-2, 3]])
+    for options, expected in [
+        ({"leak": 1.0}, [-1, -1]),
+        ({"keep": jnp.ones_like}, [1, 3]),
+        ({"keep": jnp.ones_like, "leak": [0.0, 0.5]}, [0, 3]),
+    ]:
+        method = optax_mtl.graddrop(**options)
+        update, _ = method.update(gradients, method.init(jnp.zeros(2)))
+        np.testing.assert_allclose(update, expected)
+
+
+@pytest.mark.parametrize("distribution", random_weights.DISTRIBUTIONS)
+def test_random_weights_are_weights_and_fair(distribution):
+    count = 4096
+    draw = lambda step: weights.random(jax.random.key(5), step, 4, distribution)
+    drawn = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(count)))
+    np.testing.assert_allclose(drawn.sum(axis=1), 1, rtol=1e-5)
+    assert np.all(drawn >= 0)
+    if distribution == "random_normal":  # Each task has a mean of its own.
+        return
+    deviation = drawn.std(axis=0) / np.sqrt(count)
+    assert np.all(np.abs(drawn.mean(axis=0) - 1 / 4) <= 5 * deviation)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: optax_mtl.mgda("l1"), "choose one of none, l2"),
+        (lambda: optax_mtl.mgda(apply_to="both"), "'normalized'"),
+        (lambda: optax_mtl.mgda(preference=[1.0, -1.0]), "at least 0"),
+        (lambda: optax_mtl.upgrad(preference=[0.0, 0.0]), "not all of them 0"),
+        (lambda: optax_mtl.dualproj(preference=[[1.0]]), "one number"),
+        (lambda: optax_mtl.nash_mtl(max_norm=0.0), "should be positive"),
+        (lambda: optax_mtl.nash_mtl(preference=-1.0), "at least 0"),
+        (lambda: optax_mtl.fairgrad(-1.0), "alpha is -1.0; it should be at least 0"),
+        (lambda: optax_mtl.aligned_mtl("mean"), "choose one of min, median, rmse"),
+        (lambda: optax_mtl.config("mean"), "choose one of projection"),
+        (lambda: optax_mtl.krum(-1), "at least 0"),
+        (lambda: optax_mtl.krum(num_selected=0), "at least 1"),
+        (lambda: optax_mtl.trimmed_mean(-1), "at least 0"),
+        (lambda: optax_mtl.graddrop(leak=2.0), "between 0 and 1"),
+        (lambda: optax_mtl.random_weights("gauss"), "choose one of normal"),
+        (lambda: optax_mtl.uncertainty_weighting(2, form="l1"), "choose one of"),
+    ],
+)
+def test_bad_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (optax_mtl.upgrad(preference=[1.0, 1, 1]), "has 3 entries, but there are 2"),
+        (optax_mtl.graddrop(leak=[0.1, 0.1, 0.1]), "3 entries"),
+        (optax_mtl.krum(1), "needs at least 4 tasks, but there are 2"),
+        (optax_mtl.krum(0, num_selected=3), "cannot select"),
+        (optax_mtl.trimmed_mean(1), "needs at least 3 tasks, but there are 2"),
+        (optax_mtl.config(2), "from 0 to 1"),
+    ],
+)
+def test_options_that_do_not_fit_the_tasks(method, message):
+    with pytest.raises(ValueError, match=message):
+        method.update(jnp.eye(2), method.init(jnp.zeros(2)))
