@@ -98,7 +98,8 @@ def energy_gate(
         square = mean(g**2)
         size = jnp.sqrt(square) * jnp.sqrt(mean(u**2))
         cosine = jnp.where(size > 0, mean(g * u) / jnp.where(size > 0, size, 1), 0)
-        aligned = (1 + jnp.clip(cosine, -1, 1)) / 2
+        opposed = cosine < 8 * jnp.finfo(u.dtype).eps - 1  # Up to rounding errors.
+        aligned = jnp.where(opposed, 0, (1 + cosine) / 2)
         return square**magnitude * aligned**alignment
 
     def track(old, new, exists):
