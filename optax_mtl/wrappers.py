@@ -259,7 +259,7 @@ def smooth_weights(
 class UpdateEveryState(NamedTuple):
     """State of :func:`update_every`."""
 
-    count: jax.Array  # Number of steps, scalar.
+    steps: jax.Array  # Number of them, scalar.
     weights: jax.Array  # Of the last step that computed them, shape `(T,)`.
     inner: optax.OptState  # Of the method.
 
@@ -307,7 +307,7 @@ def update_every(
 
     def init(params):
         return UpdateEveryState(
-            count=jnp.zeros([], jnp.int32),
+            steps=jnp.zeros([], jnp.int32),
             weights=jnp.zeros(num_tasks),
             inner=method.init(params),
         )
@@ -325,11 +325,11 @@ def update_every(
             return jnp.where(exists, weights, state.weights), inner
 
         weights, inner = jax.lax.cond(
-            state.count % k == 0, compute, lambda: (state.weights, state.inner)
+            state.steps % k == 0, compute, lambda: (state.weights, state.inner)
         )
         out = tasks.combine(weights, updates)
         new_state = UpdateEveryState(
-            optax.safe_increment(state.count), weights=weights, inner=inner
+            optax.safe_increment(state.steps), weights=weights, inner=inner
         )
         return out, base.keep_if(base.all_finite(out), new_state, state)
 

@@ -78,14 +78,12 @@ def excess_mtl(
             return updates, state
         square = lambda g, s: jnp.square(g.astype(s.dtype))
         squares = jax.tree.map(lambda g, s: s + square(g, s), updates, state.squares)
-        excess = sum(
-            jnp.sum(
-                # A sum of zero has seen nothing but zeros.
-                square(g, s) / jnp.sqrt(jnp.where(s > 0, s, 1)),
-                axis=tuple(range(1, g.ndim)),
-            )
-            for g, s in zip(jax.tree.leaves(updates), jax.tree.leaves(squares))
+        # A sum of squares of zero has seen nothing but zeros.
+        excess_leaf = lambda g, s: jnp.sum(
+            square(g, s) / jnp.sqrt(jnp.where(s > 0, s, 1)),
+            axis=tuple(range(1, g.ndim)),
         )
+        excess = jax.tree.reduce(jnp.add, jax.tree.map(excess_leaf, updates, squares))
         exists = excess > 0
         known = state.initial > 0
         initial = jnp.where(known, state.initial, excess)

@@ -18,7 +18,7 @@ class MConFIGState(NamedTuple):
     counts: jax.Array  # Steps of each task, shape `(T,)`.
     direction: optax.Updates  # The last direction, with its bias as a moment.
     second: optax.Updates  # Second moment of what the direction averages.
-    count: jax.Array  # Number of directions so far, scalar.
+    steps: jax.Array  # Number of directions so far, scalar.
 
 
 def m_config(
@@ -80,7 +80,7 @@ def m_config(
             counts=jnp.zeros(num_tasks, jnp.int32),
             direction=jax.tree.map(zeros, params),
             second=jax.tree.map(zeros, params),
-            count=jnp.zeros([], jnp.int32),
+            steps=jnp.zeros([], jnp.int32),
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -102,8 +102,8 @@ def m_config(
         unbiased = scale_tasks(1 / bias(b1, counts), first)
         weights = config_weights(tasks.gram(unbiased), jnp.ones(num_tasks))
         resolved = tasks.combine(weights, unbiased)
-        count = optax.safe_increment(state.count)
-        direction = jax.tree.map(lambda d: d * bias(b1, count), resolved)
+        steps = optax.safe_increment(state.steps)
+        direction = jax.tree.map(lambda d: d * bias(b1, steps), resolved)
         second = jax.tree.map(
             lambda s, new, old: b2 * s + (1 - b2) * ((new - b1 * old) / (1 - b1)) ** 2,
             state.second,
@@ -112,12 +112,12 @@ def m_config(
         )
 
         def step(d, s, g):
-            out = jnp.where(moves, d / (jnp.sqrt(s / bias(b2, count)) + eps), 0)
+            out = jnp.where(moves, d / (jnp.sqrt(s / bias(b2, steps)) + eps), 0)
             return jnp.where(finite, out, jnp.nan).astype(g.dtype)
 
         kept = base.keep_if(
             moves,
-            MConFIGState(first, counts, direction, second, count),
+            MConFIGState(first, counts, direction, second, steps),
             state._replace(first=first, counts=counts),
         )
         out = jax.tree.map(step, resolved, second, updates)

@@ -15,7 +15,7 @@ from optax_mtl.wrappers import per_task, reciprocal, scale_tasks
 class MoCoState(NamedTuple):
     """State of :func:`moco` beside the tracked gradients."""
 
-    count: jax.Array  # Number of steps, scalar.
+    steps: jax.Array  # Number of them, scalar.
     weights: jax.Array  # Shape `(T,)`, on the simplex.
 
 
@@ -98,10 +98,10 @@ def moco(
 
     def step(state, gram):
         exists = tasks.present(gram)
-        size = gamma / (state.count + 1.0) ** gamma_sigma
+        size = gamma / (state.steps + 1.0) ** gamma_sigma
         move = lambda w: to_simplex(w - size * (gram @ w + rho * w), exists)
         weights, stored = move_on_simplex(state.weights, exists, move)
-        return weights, MoCoState(optax.safe_increment(state.count), stored)
+        return weights, MoCoState(optax.safe_increment(state.steps), stored)
 
     return optax.chain(
         optax.identity() if normalize is None else _scale_to_losses(),

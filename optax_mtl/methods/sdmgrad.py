@@ -106,7 +106,7 @@ def sdmgrad_weights(
       Array of shape ``(T,)``.
     """
     exists = tasks.present(gram)
-    weights = solvers.simplex_qp(gram, regularization * (gram @ preference), exists)
+    weights = solvers.simplex_qp(gram, (gram @ preference) * regularization, exists)
     return jnp.where(exists, weights, 0)
 
 

@@ -13,7 +13,7 @@ from optax_mtl.wrappers import reciprocal
 class STCHState(NamedTuple):
     """State of :func:`stch` while it measures the nadir."""
 
-    count: jax.Array  # Steps of each task, up to the end of the window, `(T,)`.
+    counts: jax.Array  # Steps of each task, up to the end of the window, `(T,)`.
     total: jax.Array  # Sum of the losses in the window, `(T,)`.
 
 
@@ -99,17 +99,17 @@ def stch(
 
     def step(state, losses):
         exists = losses != 0
-        known = state.count >= warmup_steps + window
+        known = state.counts >= warmup_steps + window
         nadir = jnp.where(known, state.total / window, 1)
         weights = jnp.where(
             jnp.all(known | ~exists),
             stch_weights(losses, nadir, mu),
             reciprocal(losses),
         )
-        counts = exists & ~known
-        in_window = counts & (state.count >= warmup_steps)
+        grows = exists & ~known
+        in_window = grows & (state.counts >= warmup_steps)
         return weights, STCHState(
-            count=state.count + counts,
+            counts=state.counts + grows,
             total=state.total + jnp.where(in_window, losses, 0),
         )
 
