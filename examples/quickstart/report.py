@@ -12,6 +12,7 @@ import optax
 import optax_mtl
 from examples.quickstart import config, model
 
+METHOD_COLORS = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377".split()
 TASK_COLORS = ("#3b6fb6", "#e08a2e", "#4f9d69")
 PAIRS = {"left, right": (0, 1), "left, draw": (0, 2), "right, draw": (1, 2)}
 PAIR_COLORS = ("#8c6bb1", "#c8553d", "#2a9d8f")
@@ -91,9 +92,9 @@ def figure(
             "legend.frameon": False,
         }
     )
-    colors = dict(zip(settings.methods, itertools.cycle(plt.colormaps["Dark2"].colors)))
-    if "linear" in colors:
-        colors["linear"] = "0.2"
+    others = [name for name in settings.methods if name != "linear"]
+    colors = dict.fromkeys(settings.methods, "0.2")
+    colors |= zip(others, itertools.cycle(METHOD_COLORS))
     fig = plt.figure(figsize=(12, 9.6), layout="constrained")
     top, middle, bottom = fig.subfigures(3, height_ratios=(4, 4, 2.2), hspace=0.04)
 

@@ -3,9 +3,10 @@
     make demo
     python -m examples.quickstart.train --methods linear upgrad --seeds 5
 
-Takes one to three minutes on 2 CPU cores. Every method should read both digits
-at about 93 % (MGDA at 86 %); Nash-MTL, CAGrad and IMTL-G then draw better than
-the sum by 2 to 4 points, and than a sum with any other weight.
+Takes one to three minutes on 2 CPU cores. The methods should read both digits at
+about 97 % (MGDA at 89 %), as the sum does. PCGrad and UPGrad draw as well as the
+sum, CAGrad, IMTL-G and Nash-MTL better by about 3 points: above the line of sums
+with other weights.
 """
 
 import functools
@@ -60,11 +61,10 @@ def plain_step(
 
 
 class Compiled(NamedTuple):
-    """A training step and what goes with it, as functions of one state."""
+    """A training step as a function of one state."""
 
     init: Callable[[int], nnx.State]  # From a seed.
     step: Callable[[nnx.State, data.Batch], tuple[nnx.State, Any]]
-    scores: Callable[[nnx.State, data.Batch], jax.Array]
 
 
 def compile_step(
@@ -87,32 +87,27 @@ def compile_step(
         out = step_fn(network, optimizer, batch)
         return nnx.state((network, optimizer)), out
 
-    @jax.jit
-    def scores(state, batch):
-        network, _ = nnx.merge(graph, state)
-        return model.scores(network, batch)
-
-    return Compiled(lambda seed: nnx.state(build(seed)), step, scores)
+    return Compiled(lambda seed: nnx.state(build(seed)), step)
 
 
 def train(
     compiled: Compiled,
+    evaluate: Callable[[nnx.State], jax.Array],
     train_digits: data.Digits,
-    test: data.Batch,
     seed: int,
     settings: config.Config,
     progress: tqdm,
 ) -> report.Run:
     """Trains with one method from one seed."""
     state, key = compiled.init(seed), jax.random.key(seed)
-    measured, scores = [], [compiled.scores(state, test)]
+    measured, scores = [], [evaluate(state[0])]
     for step in range(1, settings.steps + 1):
         key, batch_key = jax.random.split(key)
         batch = data.sample(batch_key, train_digits, settings.batch_size)
         state, out = compiled.step(state, batch)
         measured.append(out)
         if step % settings.eval_every == 0:
-            scores.append(compiled.scores(state, test))
+            scores.append(evaluate(state[0]))
             progress.update(settings.eval_every)
     losses, gram = jax.device_get(jax.tree.map(lambda *x: np.stack(x), *measured))
     return report.Run(losses, gram, np.stack(scores))
@@ -142,6 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     test = data.sample(jax.random.key(1234), test_digits, settings.test_size)
     height = test.images.shape[1]
     adamw = optax.adamw(settings.learning_rate)
+    graph = nnx.graphdef(model.Model(height, settings.features, rngs=nnx.Rngs(0)))
+    evaluate = jax.jit(lambda state: model.scores(nnx.merge(graph, state), test))
 
     methods = {
         name: optax_mtl.get(name, num_tasks=len(model.TASKS))
@@ -162,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress.set_description(name)
             for seed in range(settings.seeds):
                 run = train(
-                    compiled[name], train_digits, test, seed, settings, progress
+                    compiled[name], evaluate, train_digits, seed, settings, progress
                 )
                 runs[name].append(run)
 
