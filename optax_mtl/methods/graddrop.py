@@ -106,5 +106,6 @@ def _drop_signs(x, key, leaks, keep):
     positive = keep(purity) > jax.random.uniform(key, size.shape, accurate)
     kept = jnp.where(positive, g > 0, g < 0)
     leaks = leaks.astype(accurate).reshape(-1, *[1] * (x.ndim - 1))
-    # A product, so that what is not finite is not dropped.
-    return ((leaks + (1 - leaks) * kept) * g).sum(axis=0).astype(x.dtype)
+    total = ((leaks + (1 - leaks) * kept) * g).sum(axis=0)
+    # What is not finite is not dropped: the step is to be skipped.
+    return jnp.where(jnp.isfinite(size), total, jnp.nan).astype(x.dtype)
