@@ -13,7 +13,7 @@ class AgreementState(NamedTuple):
     """State of :func:`scale_by_agreement`."""
 
     inner: Any  # State of the wrapped transformation.
-    count: jax.Array  # Agreements seen.
+    steps: jax.Array  # Agreements seen.
     agreement: jax.Array  # Moving average of the agreement.
     factor: jax.Array  # What the last updates were multiplied by.
 
@@ -91,7 +91,7 @@ def scale_by_agreement(
     def init_fn(params):
         return AgreementState(
             inner=tx.init(params),
-            count=jnp.zeros([], jnp.int32),
+            steps=jnp.zeros([], jnp.int32),
             agreement=jnp.zeros([], float),
             factor=jnp.ones([], float),
         )
@@ -110,10 +110,10 @@ def scale_by_agreement(
         now = tasks.conflicts(gram).alignment
         if measure == "cosine":
             now = mean_cosine(gram)
-        new_count = optax.safe_increment(state.count)
+        steps = optax.safe_increment(state.steps)
         average = smoothing * state.agreement + (1 - smoothing) * now
-        debiased = average / (1 - smoothing**new_count)
-        new = (new_count, average, next_factor(state, debiased))
+        debiased = average / (1 - smoothing**steps)
+        new = (steps, average, next_factor(state, debiased))
         # Without any gradient there is nothing to measure.
         measured = base.all_finite(gram) & jnp.any(tasks.present(gram))
         kept = base.keep_if(measured, new, state[1:])

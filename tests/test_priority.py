@@ -206,7 +206,7 @@ class TestBloop:
             flat = lambda tree: np.concatenate([np.ravel(x) for x in tree.values()])
             a, e = flat(added), flat(state.average)
             assert abs(a @ e) < 1e-6 * np.linalg.norm(a) * np.linalg.norm(e)
-        assert state.count == 3
+        assert state.steps == 3
 
     def test_with_a_barrier_and_no_average_is_a_dynamic_barrier(self, x64):
         weight = 0.4
@@ -221,7 +221,7 @@ class TestBloop:
         updates = jnp.array([[0.0, 0], [1, 2]])
         update, state = method.update(updates, method.init(jnp.zeros(2)))
         np.testing.assert_array_equal(update, [0.5, 1])
-        assert state.count == 0
+        assert state.steps == 0
         _, state = method.update(jnp.array([[3.0, 0], [1, 2]]), state)
         update, after = method.update(updates, state)
         np.testing.assert_array_equal(update, [0, 1])  # Orthogonal to the average.

@@ -12,7 +12,7 @@ from optax_mtl import base, tasks
 class BloopState(NamedTuple):
     """State of :func:`bloop`."""
 
-    count: jax.Array  # Primary gradients seen.
+    steps: jax.Array  # Primary gradients seen.
     average: optax.Updates  # Moving average of the primary gradient.
 
 
@@ -79,7 +79,7 @@ def bloop(
 
     def init_fn(params):
         return BloopState(
-            count=jnp.zeros([], jnp.int32),
+            steps=jnp.zeros([], jnp.int32),
             average=optax.tree.zeros_like(params, dtype=float),
         )
 
@@ -94,7 +94,7 @@ def bloop(
         secondary = tasks.combine(others, precise)
 
         exists = optax.tree.norm(main, squared=True) > 0
-        step = jnp.where(exists, jnp.where(state.count == 0, 1, step_size), 0)
+        step = jnp.where(exists, jnp.where(state.steps == 0, 1, step_size), 0)
         average = optax.incremental_update(main, state.average, step)
         squared = optax.tree.norm(average, squared=True)
         ratio = optax.tree.vdot(secondary, average) / jnp.where(squared > 0, squared, 1)
@@ -110,7 +110,7 @@ def bloop(
             reference,
         )
         new_state = BloopState(
-            count=jnp.where(exists, optax.safe_increment(state.count), state.count),
+            steps=jnp.where(exists, optax.safe_increment(state.steps), state.steps),
             average=average,
         )
         new_state = base.keep_if(base.all_finite(direction), new_state, state)

@@ -84,7 +84,7 @@ def metabalance(
             norm = norm / (1 - decay ** jnp.maximum(count, 1))
             known = (count > 0) & (count[primary] > 0)
             ratio = jnp.where(known, norm[primary] / jnp.where(known, norm, 1), 1)
-            return tasks.combine(relax * ratio + 1 - relax, g)
+            return tasks.combine((ratio - 1) * relax + 1, g)
 
         new_state = MetaBalanceState(counts, norms)
         new_state = base.keep_if(base.all_finite(now), new_state, state)

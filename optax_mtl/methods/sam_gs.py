@@ -14,7 +14,7 @@ class SAMGSState(NamedTuple):
 
     counts: jax.Array  # Gradients seen from each task, shape `(num_tasks,)`.
     momentum: optax.Updates  # Moving averages of the gradients, one per task.
-    count: jax.Array  # Dissimilarities seen.
+    steps: jax.Array  # Dissimilarities seen.
     dissimilarity: jax.Array  # Moving average of the squared dissimilarity.
 
 
@@ -111,7 +111,7 @@ def sam_gs(
         return SAMGSState(
             counts=jnp.zeros(num_tasks, jnp.int32),
             momentum=jax.tree.map(zeros, params),
-            count=jnp.zeros([], jnp.int32),
+            steps=jnp.zeros([], jnp.int32),
             dissimilarity=jnp.zeros([], float),
         )
 
@@ -125,7 +125,7 @@ def sam_gs(
         psi, smallest = magnitude_similarity(norms, itself=similarity == "paper")
 
         some = jnp.any(exists)
-        count = jnp.where(some, optax.safe_increment(state.count), state.count)
+        steps = jnp.where(some, optax.safe_increment(state.steps), state.steps)
         # The paper's constant, within the average: also its largest scale.
         squared = b2 * state.dissimilarity + (1 - b2) * (1 - psi) ** 2 + 1e-8
         dissimilarity = jnp.where(some, squared, state.dissimilarity)
@@ -141,7 +141,7 @@ def sam_gs(
         mean_norm = norms.sum() / jnp.maximum(exists.sum(), 1)
         equal = jnp.where(exists, mean_norm / jnp.where(exists, norms, 1), 0)
         debias = 1 - b1 ** jnp.maximum(counts, 1)
-        root = jnp.sqrt(dissimilarity / (1 - b2 ** jnp.maximum(count, 1)))
+        root = jnp.sqrt(dissimilarity / (1 - b2 ** jnp.maximum(steps, 1)))
         inverse = 1 / (debias * jnp.where(some, root, 1))
         factor = exists.sum() if scale_by_num_tasks else 1
 
@@ -149,7 +149,7 @@ def sam_gs(
             sizes = jnp.where(equalise, _like(equal, g), jnp.abs(m) * _like(inverse, g))
             return (factor * jnp.sum(sizes * g, axis=0)).astype(g.dtype)
 
-        new_state = SAMGSState(counts, momentum, count, dissimilarity)
+        new_state = SAMGSState(counts, momentum, steps, dissimilarity)
         new_state = base.keep_if(base.all_finite(gram), new_state, state)
         return jax.tree.map(resolve, updates, momentum), new_state
 
