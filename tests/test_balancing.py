@@ -549,7 +549,7 @@ def test_per_group_is_one_method_for_each(name):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cagrad", "gradnorm", "pcgrad"])
+@pytest.mark.parametrize("name", ["inverse_norm", "gradnorm", "pcgrad"])
 def test_sharded_parameters_on_four_devices_as_on_one(name):
     (first, second), (losses, _) = random_batches(2, 3, size=12)
     updates = {"w": jnp.asarray(first), "b": jnp.asarray(second[:, :2])}
