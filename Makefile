@@ -9,7 +9,7 @@
 SHELL := /bin/sh
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 VERSION := -c 'import sys; print(*sys.version_info[:2])'
 
 ifeq ($(origin PYTHON), undefined)
