@@ -89,8 +89,7 @@ def accumulate_task_grads(
             per_task = _per_task(num_microbatches, num_tasks, "num_microbatches")
         shared_part, heads = gradients.split(params, shared)
 
-        def all_tasks(totals, step, *batch):
-            del step
+        def add_all_tasks(totals, batch):
             losses_of = gradients.vector_fn(losses_fn, has_aux, batch, kwargs)
             vector, pull_back, value = jax.vjp(
                 losses_of, shared_part, heads, has_aux=True
@@ -106,14 +105,7 @@ def accumulate_task_grads(
             aux = value[1] if has_aux else None
             return (total, _add(totals[1], grads, per_task)), (vector, aux)
 
-        def one_task(totals, step, *batch):
-            branches = [partial(value_and_grad, task) for task in range(num_tasks)]
-            task = step % num_tasks
-            out, grads = jax.lax.switch(task, branches, *batch)
-            total = _add_at(totals[0], task, grads[0], per_task)
-            return (total, _add(totals[1], grads[1], per_task)), out
-
-        def value_and_grad(task, *batch):
+        def add_one_task(task, totals, batch):
             def loss_fn(shared_part, heads):
                 params = gradients.merge(shared_part, heads)
                 value = losses_fn(params, *batch, **kwargs)
@@ -123,19 +115,33 @@ def accumulate_task_grads(
                 loss = leaves[0][task] if jnp.ndim(leaves[0]) else leaves[task]
                 return tasks.stack_losses(loss, 1)[0], aux
 
-            return jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
-                shared_part, heads
-            )
+            value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+            out, grads = value_and_grad(shared_part, heads)
+            return _add(totals, grads, per_task), out
 
-        accumulate = one_task if one_task_each else all_tasks
-        totals, (vectors, aux) = jax.lax.scan(
-            lambda totals, inputs: accumulate(totals, *inputs),
-            (_zeros(shared_part, dtype, num_tasks), _zeros(heads, dtype)),
-            (jnp.arange(num_microbatches), *batches),
-        )
-        vector = vectors.reshape(per_task, num_tasks if one_task_each else -1).mean(0)
-        losses = _like_losses(vector, like)
-        return ((losses, aux) if has_aux else losses), gradients.merge(*totals)
+        head_totals = _zeros(heads, dtype)
+        if one_task_each:
+            rows, outs = [], []
+            for task in range(num_tasks):  # Each the cost of plain accumulation.
+                (row, head_totals), out = jax.lax.scan(
+                    partial(add_one_task, task),
+                    (_zeros(shared_part, dtype), head_totals),
+                    jax.tree.map(lambda x, task=task: x[task::num_tasks], batches),
+                )
+                rows.append(row)
+                outs.append(out)
+            updates = jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
+            in_order = lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
+            vectors, aux = jax.tree.map(in_order, *outs)
+        else:
+            (updates, head_totals), (vectors, aux) = jax.lax.scan(
+                add_all_tasks,
+                (_zeros(shared_part, dtype, num_tasks), head_totals),
+                batches,
+            )
+        losses = _like_losses(vectors.reshape(per_task, num_tasks).mean(axis=0), like)
+        updates = gradients.merge(updates, head_totals)
+        return ((losses, aux) if has_aux else losses), updates
 
     return fn
 

@@ -120,7 +120,8 @@ def from_state(
         if "losses" in reads:
             measured["losses"] = tasks.stack_losses(losses, count)
         finite = all_finite(measured)
-        weights, new_state = step(state, **(measured or {"count": count}))
+        with jax.default_matmul_precision("highest"):  # GPUs and TPUs round else.
+            weights, new_state = step(state, **(measured or {"count": count}))
         weights = jnp.where(finite, weights, jnp.nan)
         new_state = keep_if(jnp.all(jnp.isfinite(weights)), new_state, state)
         return tasks.combine(weights, updates), new_state
@@ -199,3 +200,15 @@ def preference_among_present(
     if default_total is None:
         return exists
     return exists * (default_total / jnp.maximum(exists.sum(), 1))
+
+
+def check_range(
+    name: str, value: jax.typing.ArrayLike | None, *, positive: bool = False
+) -> None:
+    """Refuses a number below 0, or, if it must be positive, 0; not if it is traced."""
+    if value is None or isinstance(value, jax.core.Tracer):
+        return
+    number = np.asarray(value)
+    if np.any(number < 0) or (positive and not np.all(number)):
+        bound = "positive" if positive else "at least 0"
+        raise ValueError(f"{name} is {value}; it should be {bound}")

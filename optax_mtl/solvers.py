@@ -92,6 +92,7 @@ def dual_cone(gram: jax.Array, lower: jax.Array) -> jax.Array:
     return _active_set(gram, jnp.zeros_like(lower), lower)
 
 
+@jax.jit
 def simplex_cone_program(
     gram: jax.Array, b: jax.Array, c: jax.typing.ArrayLike
 ) -> jax.Array:
@@ -148,6 +149,7 @@ def simplex_cone_program(
     return w
 
 
+@jax.jit
 def fairness(
     gram: jax.Array,
     alpha: jax.typing.ArrayLike,
@@ -198,7 +200,7 @@ def fairness(
         H = jnp.outer(a, a) * M + jnp.diag(b / alpha)
         scale = 1 / jnp.sqrt(jnp.where(active, jnp.diagonal(H), 1))
         H = jnp.where(both, jnp.outer(scale, scale) * H, identity)
-        L = jnp.linalg.cholesky(H + eps * identity, symmetrize_input=False)
+        L = jnp.linalg.cholesky(H + 4 * eps * identity, symmetrize_input=False)
         change = scale * jax.scipy.linalg.cho_solve((L, True), scale * r)
         decrement = r @ change
 
@@ -213,7 +215,10 @@ def fairness(
         step = lax.while_loop(overshoots, lambda t: t / 2, step)
         tolerance = 64 * eps**2 * (1 + alpha) * jnp.sum(b)
         new = a * (1 + step * change)
-        going = (decrement > tolerance) & jnp.all(new < a0 / eps)
+        # The factorisation fails when the weights diverge: keep the last.
+        solved = jnp.all(jnp.isfinite(new))
+        going = solved & (decrement > tolerance) & jnp.all(new < a0 / eps)
+        new = jnp.where(solved, new, a)
         return new, going, count + 1
 
     ratio = jnp.where(active, p / _positive(jnp.diagonal(M)), 1)
@@ -289,7 +294,7 @@ def simplex_cone_program_residual(
 ) -> jax.Array:
     """Violation of the optimality conditions of :func:`simplex_cone_program`."""
     norm = jnp.sqrt(jnp.maximum(w @ _dot(gram, w, 0 * w, 0 * w), 0))
-    return simplex_qp_residual(c * gram, w, norm * b)
+    return simplex_qp_residual(jnp.asarray(c) * gram, w, norm * b)
 
 
 def fairness_residual(
@@ -423,7 +428,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     # A first guess of the free variables, by exchanging all that are wrong at once.
     def exchange(carry):
         free, _, fewest, patience, count = carry
-        x = lower + newton(free, q - jnp.sum(Q * lower, 1), 1, 100 * eps)
+        x = lower + newton(free, q - jnp.sum(Q * lower[None], 1), 1, 100 * eps)
         r = q - jnp.sum(Q * x, 1)
         if on_simplex:
             r = r - a * dot(r, x)
@@ -434,7 +439,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         return free ^ wrong, x, jnp.minimum(number, fewest), patience, count + 1
 
     if start is None and size > 8:
-        free = allowed & (on_simplex | (q - jnp.sum(Q * lower, 1) > 0))
+        free = allowed & (on_simplex | (q - jnp.sum(Q * lower[None], 1) > 0))
         _, x, *_ = lax.while_loop(
             lambda c: (c[2] > 0) & (c[3] > 0) & (c[4] < 20),
             exchange,

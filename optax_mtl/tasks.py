@@ -76,12 +76,10 @@ def check_stacked(
         with shapes other than ``(T, *p)``, for an empty tree, and if T is not
         ``num_tasks``.
     """
-    if isinstance(updates, GramView):
-        if not gram_suffices:
-            updates.refuse()
-        found = updates.num_tasks
-    else:
-        found = _count_tasks(updates, params)
+    if isinstance(updates, GramView) and not gram_suffices:
+        updates.refuse()
+    is_view = isinstance(updates, GramView)
+    found = updates.num_tasks if is_view else _count_tasks(updates, params)
     if num_tasks is not None and found not in (None, num_tasks):
         raise ValueError(
             f"the method was made for num_tasks={num_tasks}, but the updates hold"

@@ -38,7 +38,8 @@ def cagrad(
       A gradient transformation that aggregates stacked updates.
 
     Raises:
-      ValueError: for a negative preference, or one of another length than T.
+      ValueError: for a negative ``c`` or preference, or a preference of another
+        length than T.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -57,6 +58,7 @@ def cagrad(
       The authors' code further multiplies by T, to match the sum of the losses;
       chain with :func:`optax.scale` to do so.
     """
+    base.check_range("c", c)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

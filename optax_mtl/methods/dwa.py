@@ -12,7 +12,7 @@ from optax_mtl import base
 class DWAState(NamedTuple):
     """State of :func:`dwa`."""
 
-    count: jax.Array  # Of the losses seen by each task, shape `(T,)`.
+    seen: jax.Array  # Number of losses of each task so far, shape `(T,)`.
     history: jax.Array  # Losses of the last `2 * window` steps, `(2 * window, T)`.
 
 
@@ -58,19 +58,19 @@ def dwa(
 
     def init_fn():
         return DWAState(
-            count=jnp.zeros(num_tasks, jnp.int32),
+            seen=jnp.zeros(num_tasks, jnp.int32),
             history=jnp.ones((2 * window, num_tasks), jnp.float32),
         )
 
     def step(state, losses):
         recent, older = jnp.split(state.history, 2)
-        known = state.count >= 2 * window
+        known = state.seen >= 2 * window
         rates = jnp.where(known, recent.sum(axis=0) / older.sum(axis=0), 1.0)
         exists = losses != 0
         weights = dwa_weights(jnp.where(exists, rates, -jnp.inf), temperature)
         history = jnp.concatenate([losses[None], state.history[:-1]])
         return weights, DWAState(
-            count=jnp.where(exists, optax.safe_increment(state.count), state.count),
+            seen=jnp.where(exists, optax.safe_increment(state.seen), state.seen),
             history=jnp.where(exists, history, state.history),
         )
 

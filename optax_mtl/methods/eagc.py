@@ -65,8 +65,8 @@ def eagc(
       [1.7 1.5]
 
     References:
-      Zheng et al, `Energy-Aware Gradient Coordination for Generalized Category
-      Discovery <https://arxiv.org/abs/2604.14176>`_, 2026
+      Zheng et al, `The Devil Is in Gradient Entanglement: Energy-Aware Gradient
+      Coordinator <https://arxiv.org/abs/2604.14176>`_, CVPR 2026
 
     .. note::
       Follows the authors' code where the paper's text differs: the alignment is
@@ -81,7 +81,7 @@ def eagc(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         tasks.check_stacked(updates, params, 4)
-        weights = jnp.stack([jnp.ones([]), jnp.ones([]), -strength, anchor])
+        weights = jnp.stack([1.0, 1.0, jnp.negative(strength), anchor])
         return tasks.combine(weights, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -207,8 +207,8 @@ def coordinate(
        [0.6  0.9 ]]
 
     References:
-      Zheng et al, `Energy-Aware Gradient Coordination for Generalized Category
-      Discovery <https://arxiv.org/abs/2604.14176>`_, 2026
+      Zheng et al, `The Devil Is in Gradient Entanglement: Energy-Aware Gradient
+      Coordinator <https://arxiv.org/abs/2604.14176>`_, CVPR 2026
 
     .. note::
       A `jax.custom_vjp`, so it has no forward-mode derivative.
@@ -285,8 +285,8 @@ def eagc_weights(
       0.610
 
     References:
-      Zheng et al, `Energy-Aware Gradient Coordination for Generalized Category
-      Discovery <https://arxiv.org/abs/2604.14176>`_, 2026
+      Zheng et al, `The Devil Is in Gradient Entanglement: Energy-Aware Gradient
+      Coordinator <https://arxiv.org/abs/2604.14176>`_, CVPR 2026
     """
     _check_features(z, conceptor, labelled=labelled)
     energy = energy_ratio(z, conceptor)
@@ -303,7 +303,7 @@ def eagc_weights(
     mean = jnp.where(moves, new, old).astype(old.dtype)
 
     tau = jnp.clip(1 - energy / (mean + 1e-6), 0, 1)
-    weight = strength * tau * (1 - mask)
+    weight = jnp.asarray(strength) * tau * (1 - mask)
     return weight, EAGCState(labelled_energy=mean)
 
 
@@ -379,7 +379,7 @@ def fit_conceptor(
     """
     if (features is None) == (second_moment is None):
         raise ValueError("give either features or second_moment")
-    if second_moment is None:
+    if features is not None:
         if features.ndim != 2 or len(features) == 0:
             raise ValueError(
                 f"features has the shape {features.shape}, but must be (N, D) with "
@@ -390,7 +390,8 @@ def fit_conceptor(
         second_moment = jnp.matmul(
             features.T, features, precision=jax.lax.Precision.HIGHEST
         ) / len(features)
-    elif second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
+    assert second_moment is not None
+    if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
         raise ValueError(f"second_moment is {second_moment.shape}, but must be (D, D)")
     if not isinstance(second_moment, jax.core.Tracer):
         if not jnp.isfinite(second_moment).all():

@@ -61,8 +61,8 @@ def fairgrad(
       solution, because a convex combination of the gradients vanishes, the update
       is zero.
     """
-    check_range("alpha", alpha)
-    check_range("max_norm", max_norm, positive=True)
+    base.check_range("alpha", alpha)
+    base.check_range("max_norm", max_norm, positive=True)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):
@@ -110,14 +110,3 @@ def fairgrad_weights(
     return weights * jnp.where(
         norm > max_norm, max_norm / jnp.maximum(norm, max_norm), 1
     )
-
-
-def check_range(
-    name: str, value: jax.typing.ArrayLike | None, *, positive: bool = False
-) -> None:
-    """Refuses a number below 0, or, if it must be positive, 0; not if it is traced."""
-    if value is None or isinstance(value, jax.core.Tracer):
-        return
-    if value < 0 or (positive and value == 0):
-        bound = "positive" if positive else "at least 0"
-        raise ValueError(f"{name} is {value}; it should be {bound}")

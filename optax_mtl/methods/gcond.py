@@ -172,7 +172,7 @@ def gcond(
         # A task seen for the first time starts at the mean norm of those present.
         start = jnp.sum(jnp.where(here, norms, 0)) / jnp.maximum(here.sum(), 1)
         means = jnp.where(state.norms > 0, state.norms, start)
-        means = norm_decay * means + (1 - norm_decay) * norms
+        means = norms + jnp.asarray(norm_decay) * (means - norms)
         capped = jnp.minimum(norms, jnp.inf if norm_cap is None else norm_cap)
 
         # Resolved in units of the norms, so that rounding knows no task's scale.

@@ -40,7 +40,7 @@ def linear(
       Kurin et al, `In Defense of the Unitary Scalarization for Deep Multi-Task
       Learning <https://arxiv.org/abs/2201.04122>`_, NeurIPS 2022
     """
-    preference = base.check_preference(weights)
+    preference = jnp.asarray(base.check_preference(weights))
     return base.from_state(
         optax.EmptyState,
         lambda state, count: (base.broadcast_preference(preference, count), state),

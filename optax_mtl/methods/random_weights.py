@@ -15,7 +15,7 @@ class RandomWeightsState(NamedTuple):
     """State of :func:`random_weights`."""
 
     key: jax.Array  # Fixed; each step folds in its number.
-    count: jax.Array  # Number of steps.
+    steps: jax.Array  # Number of steps.
 
 
 def random_weights(
@@ -67,8 +67,8 @@ def random_weights(
         return RandomWeightsState(base.make_key(key), jnp.zeros([], jnp.int32))
 
     def step(state, count):
-        weights = draw(state.key, state.count, count, distribution)
-        return weights, state._replace(count=optax.safe_increment(state.count))
+        weights = draw(state.key, state.steps, count, distribution)
+        return weights, state._replace(steps=optax.safe_increment(state.steps))
 
     return base.from_state(init_fn, step, reads=[])
 
