@@ -202,7 +202,7 @@ def test_loads_files(kind, tmp_path):
 
 # Weights files
 
-PRESET = model.Preset(patch=4, width=16, depth=2, num_heads=2, hidden=32, projection=8)
+PRESET = model.Preset("vit", 16, 2, patch=4, num_heads=2)
 
 
 def weights_file(layout, grid=2, preset=PRESET, seed=0):
@@ -385,6 +385,7 @@ def test_published_sizes():
 # Runs
 
 SMALL = [
+    *("--preset", "mlp"),
     *("--max-images", "150", "--batch-size", "16", "--reference-epochs", "1"),
     *("--epochs", "3", "--save-every", "1", "--diagnose-steps", "18"),
     *("--soc-every", "6"),

@@ -22,24 +22,26 @@ from examples.gcd.config import Config, parse
 METRICS = ["all", "old", "new", "gdc", "soc"]
 METHODS = ["sum", "aga", "eep", "eagc", "pcgrad", "cagrad", "upgrad", "gcond"]
 METHODS += ["energy_gate"]
-SHORT = "--epochs 30 --batch-size 64 --teacher-warmup-epochs 15 --save-every 30"
+SHORT = "--preset mlp --epochs 40 --batch-size 64 --teacher-warmup-epochs 20"
+SHORT += " --save-every 40"
+SOME = ["sum", "aga", "eep", "eagc", "gcond"]
 DATA = {  # Flags, methods and number of seeds.
-    "digits": (SHORT, METHODS, 3),
+    "digits": (SHORT, METHODS, 5),
     "mnist": (
-        f"{SHORT} --data {{folder}}/mnist.npz --max-images 1500 --preset mini",
-        ["sum", "eagc", "gcond"],
-        2,
+        f"{SHORT} --data {{folder}}/mnist.npz --max-images 1500",
+        SOME,
+        3,
     ),
     "omniglot_small1": (
-        f"{SHORT} --data {{folder}}/omniglot_small1.npz --max-classes 40 --preset mini",
-        ["sum", "eagc", "gcond"],
-        2,
+        f"{SHORT} --data {{folder}}/omniglot_small1.npz --max-classes 40",
+        SOME,
+        3,
     ),
     "clothing64": (
         f"{SHORT} --data {{folder}}/clothing64.npz --max-images 1500 --flip "
-        "--image-size 28 --preset mini",
-        ["sum", "eagc", "gcond"],
-        2,
+        "--image-size 28",
+        SOME,
+        3,
     ),
 }
 
@@ -117,7 +119,8 @@ def print_overhead(rounds: int = 30) -> None:
         split, images = train.prepare(config)
         reference = train.make_reference(config, split)
         experiment = train.make_experiment(config, split)
-        state, frozen = experiment.init(nnx.state(reference.backbone))
+        backbone = nnx.state(reference.backbone)
+        state, frozen = train.start(config, experiment, split, backbone)
         setups[method] = [experiment.step, state, frozen, images]
         times[method] = []
     for number in range(rounds + 3):

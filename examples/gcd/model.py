@@ -1,6 +1,7 @@
-"""Vision transformer or small ConvNet with the heads of SimGCD, in Flax NNX."""
+"""Vision transformer, ConvNet or MLP with the heads of SimGCD, in Flax NNX."""
 
 import itertools
+import math
 import pathlib
 import re
 from typing import NamedTuple
@@ -14,24 +15,26 @@ from flax import nnx
 class Preset(NamedTuple):
     """Sizes of a backbone and of its heads."""
 
-    patch: int  # 0 makes a ConvNet.
+    trunk: str  # vit, convnet or mlp.
     width: int
     depth: int
-    num_heads: int = 1
+    patch: int = 0  # Of a ViT, as the number of heads.
+    num_heads: int = 0
     layer_scale: bool = False
     hidden: int = 2048  # Of the projector.
     projection: int = 256
 
 
 PRESETS = {
-    "tiny": Preset(4, 64, 2, 4, hidden=128, projection=64),  # For 8 x 8 pixels,
-    "mini": Preset(7, 96, 2, 4, hidden=256, projection=64),  # 28 x 28,
-    "small": Preset(8, 128, 4, 4, hidden=512, projection=128),  # 32 to 64.
-    "convnet": Preset(0, 128, 3, hidden=256, projection=64),  # For any size.
-    "vit_s16": Preset(16, 384, 12, 6),  # 224, DINO
-    "vit_b16": Preset(16, 768, 12, 12),
-    "vit_s14": Preset(14, 384, 12, 6, layer_scale=True),  # 224, DINOv2
-    "vit_b14": Preset(14, 768, 12, 12, layer_scale=True),
+    "tiny": Preset("vit", 64, 2, 4, 4, hidden=128, projection=64),  # For 8 x 8,
+    "mini": Preset("vit", 96, 2, 7, 4, hidden=256, projection=64),  # 28 x 28,
+    "small": Preset("vit", 128, 4, 8, 4, hidden=512, projection=128),  # 32 to 64.
+    "convnet": Preset("convnet", 64, 3, hidden=256, projection=64),  # For any size.
+    "mlp": Preset("mlp", 64, 2, hidden=128, projection=64),  # The fastest.
+    "vit_s16": Preset("vit", 384, 12, 16, 6),  # DINO, for 224 x 224.
+    "vit_b16": Preset("vit", 768, 12, 16, 12),
+    "vit_s14": Preset("vit", 384, 12, 14, 6, layer_scale=True),  # DINOv2.
+    "vit_b14": Preset("vit", 768, 12, 14, 12, layer_scale=True),
 }
 
 _trunc_normal = nnx.initializers.truncated_normal(0.02)
@@ -148,6 +151,38 @@ class ConvNet(nnx.Module):
         return self.norm(x.mean((1, 2))).astype(jnp.float32)
 
 
+class Dense(nnx.Module):
+    def __init__(self, inputs: int, outputs: int, dtype, rngs: nnx.Rngs):
+        self.linear = _linear(inputs, outputs, dtype, rngs)
+
+    def __call__(self, x):
+        return self.linear(nnx.gelu(x))
+
+
+class MLPNet(nnx.Module):
+    """Feature of an image from its pixels, through layers of 4 widths and 1."""
+
+    def __init__(self, preset: Preset, shape, dtype, rngs: nnx.Rngs):
+        widths = [4 * preset.width] * (preset.depth - 1) + [preset.width]
+        self.stem = _linear(math.prod(shape), 4 * preset.width, dtype, rngs)
+        self.blocks = nnx.List(
+            [
+                Dense(*pair, dtype, rngs)
+                for pair in zip([4 * preset.width, *widths], widths)
+            ]
+        )
+        self.norm = _norm(preset.width, dtype, rngs)
+
+    def __call__(self, images):
+        x = self.stem(images.reshape(len(images), -1))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).astype(jnp.float32)
+
+
+TRUNKS = {"vit": ViT, "convnet": ConvNet, "mlp": MLPNet}
+
+
 class CosineClassifier(nnx.Module):
     """Cosines to one prototype per class: weight normalisation, gain fixed at 1."""
 
@@ -196,8 +231,8 @@ class Reference(nnx.Module):
 
 
 def make_backbone(preset: Preset, shape, dtype, rngs: nnx.Rngs) -> nnx.Module:
-    """A vision transformer, or a ConvNet if the preset has no patches."""
-    return (ViT if preset.patch else ConvNet)(preset, shape, dtype, rngs)
+    """An untrained backbone for images of a shape."""
+    return TRUNKS[preset.trunk](preset, shape, dtype, rngs)
 
 
 def is_trainable(path: tuple, trainable: str, depth: int) -> bool:
@@ -233,7 +268,9 @@ def load_backbone_weights(backbone: ViT, file: str) -> None:
     else:
         raise ValueError(f"{file}: must end in .safetensors or .npz")
     if not isinstance(backbone, ViT):
-        raise ValueError(f"{file}: weights are for a ViT, not for a ConvNet")
+        raise ValueError(
+            f"{file}: weights are for a ViT, not a {type(backbone).__name__}"
+        )
 
     tensors = _to_original_layout(tensors)
     params = nnx.state(backbone, nnx.Param)

@@ -70,8 +70,9 @@ def subspace_overlap(known: np.ndarray, novel: np.ndarray, k: int = 16) -> float
     )
     center = known.mean(0, keepdims=True)
     known, novel = known - center, novel - center
-    directions = np.linalg.svd(known, full_matrices=False)[2][:k]
-    return float(((novel @ directions.T) ** 2).sum() / (novel**2).sum())
+    _, directions = np.linalg.eigh(known.T @ known)  # Of ascending eigenvalues.
+    first = directions[:, ::-1][:, : min(k, len(known))]
+    return float(((novel @ first) ** 2).sum() / (novel**2).sum())
 
 
 class Log:

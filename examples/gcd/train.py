@@ -68,8 +68,8 @@ class State(NamedTuple):
 class Experiment(NamedTuple):
     """The functions of stages 2 and 3, for one configuration."""
 
-    # From the reference backbone's parameters: fits the conceptor.
-    init: Callable[[Any], tuple[State, Frozen]]
+    # From parameters: the states of method and optimizer.
+    init: Callable[[Any], tuple[Any, Any]]
     # From state, frozen, the data and whether to diagnose: one step and its metrics.
     step: Callable[..., tuple[State, dict[str, jax.Array]]]
     # From the reference backbone's parameters and images: features.
@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         _check_out(out, config, epoch)
         if epoch is None:
             train_reference(config, reference, images)
-        state, frozen = experiment.init(nnx.state(reference.backbone))
+        backbone = nnx.state(reference.backbone)
+        state, frozen = start(config, experiment, split, backbone)
         if epoch is None:
             epoch = 0
             saved.save(0, args=ocp.args.StandardSave((state, frozen)))
@@ -136,10 +137,26 @@ def make_reference(config: Config, split: data.Split) -> model.Reference:
 
 def train_reference(config: Config, reference: model.Reference, images: Images) -> None:
     """Stage 1: trains the reference model in place, on the labelled images only."""
-    trains = _trains(config)
-    graph, params, rest = nnx.split(reference, trains, ...)
-    batch_size = min(config.reference_batch_size, len(images.labelled))
-    steps_per_epoch = len(images.labelled) // batch_size
+    graph, params, rest = nnx.split(reference, _trains(config), ...)
+    init, step, steps_per_epoch = _reference_steps(
+        _without_seed(config), graph, len(images.labelled)
+    )
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    optimizer_state = init(params)
+    bar = _bar(range(config.reference_epochs), "reference")
+    for epoch in bar:
+        for number in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            params, optimizer_state, loss = step(
+                params, optimizer_state, rest, images, key, number
+            )
+        bar.set_postfix(loss=f"{loss:.3f}")
+    nnx.update(reference, params)
+
+
+@functools.cache
+def _reference_steps(config, graph, num_labelled):
+    batch_size = min(config.reference_batch_size, num_labelled)
+    steps_per_epoch = num_labelled // batch_size
     optimizer = _sgd(
         config.reference_lr,
         1e-3 * config.reference_lr,
@@ -170,27 +187,54 @@ def train_reference(config: Config, reference: model.Reference, images: Images) 
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return optax.apply_updates(params, updates), optimizer_state, loss
 
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    optimizer_state = jax.jit(optimizer.init)(params)
-    bar = _bar(range(config.reference_epochs), "reference")
-    for epoch in bar:
-        for number in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
-            params, optimizer_state, loss = step(
-                params, optimizer_state, rest, images, key, number
-            )
-        bar.set_postfix(loss=f"{loss:.3f}")
-    nnx.update(reference, params)
+    return jax.jit(optimizer.init), step, steps_per_epoch
+
+
+def start(
+    config: Config, experiment: Experiment, split: data.Split, backbone: nnx.State
+) -> tuple[State, Frozen]:
+    """Stage 2: fits the conceptor; discovery starts from the reference backbone."""
+    preset, shape, dtype = _sizes(config, split)
+    network = model.SimGCD(preset, shape, split.num_classes, dtype, config.seed)
+    nnx.update(network.backbone, backbone)
+    _, params, rest = nnx.split(network, _trains(config), ...)
+    z = in_batches(
+        lambda x: experiment.before(backbone, x), split.images[split.labelled]
+    )
+    conceptor = optax_mtl.fit_conceptor(
+        jnp.asarray(z), config.aperture, relative=config.relative_aperture
+    )
+    energy = optax_mtl.energy_ratio(z, conceptor).mean()
+    method_state, optimizer_state = experiment.init(params)
+    state = State(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        method=method_state,
+        optimizer=optimizer_state,
+        coordinator=optax_mtl.EAGCState(energy),
+    )
+    # A copy, since the training state is donated to each step.
+    reference = jax.tree.map(jnp.copy, backbone)
+    return state, Frozen(reference, rest, conceptor, jax.random.key(config.seed))
 
 
 def make_experiment(config: Config, split: data.Split) -> Experiment:
-    """The functions of stages 2 and 3."""
-    preset, shape, dtype = _sizes(config, split)
-    network = model.SimGCD(preset, shape, split.num_classes, dtype, config.seed)
+    """The functions of stages 2 and 3; runs that differ in the seed share them."""
+    _sizes(config, split)
+    return _make_experiment(
+        _without_seed(config), split.images.shape, split.num_classes
+    )
+
+
+@functools.cache
+def _make_experiment(config, shape, num_classes):
+    preset, dtype = model.PRESETS[config.preset], jnp.dtype(config.dtype)
+    network = model.SimGCD(preset, shape[1:], num_classes, dtype, config.seed)
     backbone_graph = nnx.graphdef(network.backbone)
     graph = nnx.split(network, _trains(config), ...)[0]
     projects, aligns = COORDINATED.get(config.method, (False, False))
     method, scale = _method(config.method)
-    steps_per_epoch = max(1, len(split.labels) // config.batch_size)
+    steps_per_epoch = max(1, shape[0] // config.batch_size)
     sgd = functools.partial(
         _sgd,
         lr_min=1e-3 * config.lr,
@@ -215,27 +259,10 @@ def make_experiment(config: Config, split: data.Split) -> Experiment:
         z = network.backbone(data.plain(images))
         return z, jnp.argmax(network.heads(z)[0], -1)
 
-    def init(reference_backbone):
-        nnx.update(network.backbone, reference_backbone)
-        _, params, rest = nnx.split(network, _trains(config), ...)
-        z = in_batches(
-            lambda x: before(reference_backbone, x), split.images[split.labelled]
-        )
-        conceptor = optax_mtl.fit_conceptor(
-            z, config.aperture, relative=config.relative_aperture
-        )
-        energy = optax_mtl.energy_ratio(z, conceptor).mean()
-        state = State(
-            step=jnp.zeros([], jnp.int32),
-            params=params,
-            method=None if method is None else jax.jit(method.init)(params),
-            optimizer=jax.jit(optimizer.init)(params),
-            coordinator=optax_mtl.EAGCState(energy),
-        )
-        key = jax.random.key(config.seed)
-        # Copies: the training state is donated to each step.
-        reference_backbone = jax.tree.map(jnp.copy, reference_backbone)
-        return state, Frozen(reference_backbone, rest, conceptor, key)
+    @jax.jit
+    def init(params):
+        method_state = None if method is None else method.init(params)
+        return method_state, optimizer.init(params)
 
     @functools.partial(jax.jit, static_argnames="diagnose", donate_argnums=0)
     def step(state, frozen, images, diagnose=False):
@@ -463,6 +490,12 @@ def _part(params):
         return "backbone" if first == "backbone" else "heads"
 
     return jax.tree_util.tree_map_with_path(part, params)
+
+
+def _without_seed(config):
+    """What the compiled functions depend on."""
+    run = {"seed": 0, "out": "", "resume": False, "tensorboard": False}
+    return dataclasses.replace(config, **run)
 
 
 def _sizes(config, split):
