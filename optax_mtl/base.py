@@ -212,3 +212,49 @@ def check_range(
     if np.any(number < 0) or (positive and not np.all(number)):
         bound = "positive" if positive else "at least 0"
         raise ValueError(f"{name} is {value}; it should be {bound}")
+
+
+def update_if(
+    exists: jax.Array,
+    tx: optax.GradientTransformation,
+    update: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    """The update and new state of a transformation; zero and the old if absent."""
+    new_update, new_state = tx.update(update, state, params, **extra_args)
+    choose = lambda new, old: jnp.where(exists, new, 0).astype(old.dtype)
+    return (
+        jax.tree.map(choose, new_update, update),
+        keep_if(exists, new_state, state),
+    )
+
+
+def update_each(
+    exists: jax.Array,
+    optimizer: optax.GradientTransformation,
+    gradient: jax.Array,
+    state: optax.OptState,
+    values: jax.Array,
+) -> tuple[jax.Array, optax.OptState]:
+    """One step of an optimizer on one number for each task, such as its weight.
+
+    Args:
+      exists: tasks that take part; the others keep their value and state.
+      optimizer: any optimizer; sees each number on its own.
+      gradient: shape ``(T,)``.
+      state: of the optimizer, ``jax.vmap(optimizer.init)(values)`` at first.
+      values: shape ``(T,)``.
+
+    Returns:
+      The new values and the new state.
+    """
+    update_one = lambda exists, g, s, value: update_if(exists, optimizer, g, s, value)
+    steps, state = jax.vmap(update_one)(exists, gradient, state, values)
+    return values + steps, state
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """One over each entry, and 0 for an entry of 0: that of an absent task."""
+    return jnp.where(x != 0, 1 / jnp.where(x != 0, x, 1), 0)

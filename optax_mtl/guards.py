@@ -100,8 +100,8 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
         finite_entries = lambda g: jnp.isfinite(g).all(axis=tuple(range(1, g.ndim)))
         finite = jnp.stack(jax.tree.leaves(jax.tree.map(finite_entries, updates)))
         keep = finite.all(axis=0)
-        expand = lambda g: jnp.expand_dims(keep, tuple(range(1, g.ndim)))
-        return jax.tree.map(lambda g: jnp.where(expand(g), g, 0), updates), state
+        drop = lambda g: jnp.where(tasks.along_tasks(keep, g), g, 0)
+        return jax.tree.map(drop, updates), state
 
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update

@@ -94,7 +94,10 @@ def dual_cone(gram: jax.Array, lower: jax.Array) -> jax.Array:
 
 @jax.jit
 def simplex_cone_program(
-    gram: jax.Array, b: jax.Array, c: jax.typing.ArrayLike
+    gram: jax.Array,
+    b: jax.Array,
+    c: jax.typing.ArrayLike,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Solves :math:`\min_w b^\top w + c \sqrt{w^\top M w}` over the simplex.
 
@@ -102,6 +105,7 @@ def simplex_cone_program(
       gram: symmetric positive semi-definite matrix, of shape (T, T).
       b: linear term, of shape (T,).
       c: weight of the norm, not negative.
+      mask: entries that may be positive, of shape (T,); all by default.
 
     Returns:
       Weights that are not negative and sum to one, of shape (T,).
@@ -112,7 +116,7 @@ def simplex_cone_program(
     M, b = gram / unit / unit, b / unit
     c2 = jnp.maximum(jnp.asarray(c, M.dtype) ** 2, eps**4)
     zero = jnp.zeros_like(b)
-    mask = jnp.ones(b.shape, bool)
+    mask = jnp.ones(b.shape, bool) if mask is None else mask
 
     # With s the norm of the solution, w minimises w'Mw / 2 + (s / c) b'w. For a given
     # z = (s / c)^2, G(z) = w'Mw is linear in z as long as the same weights are
@@ -120,7 +124,7 @@ def simplex_cone_program(
     # found by secants; where they do not help, by bisection of the exponent.
     def solve(z, start):
         w = _active_set(M, -jnp.sqrt(z) * b, zero, mask, start, on_simplex=True)
-        return w, jnp.maximum(w @ _dot(M, w, zero, zero), 0)
+        return w, jnp.maximum(_inner(w, _dot(M, w, zero, zero)), 0)
 
     def body(carry):
         w, z, G, previous_z, previous_G, low, high, _, count = carry
@@ -137,12 +141,13 @@ def simplex_cone_program(
             jnp.sqrt(low) * jnp.sqrt(high),
         )
         new_w, new_G = solve(new_z, w)
-        floor = eps**2 * jnp.sum(new_w**2 * jnp.diagonal(M))
+        floor = eps**2 * _inner(new_w**2, jnp.diagonal(M))
         going = jnp.abs(new_G - c2 * new_z) > 4 * eps * new_G + floor
         return new_w, new_z, new_G, z, G, low, high, going, count + 1
 
-    z = jnp.sum(M) / len(b) ** 2 / c2
-    w, G = solve(z, jnp.full_like(b, 1 / len(b)))
+    w = mask / jnp.sum(mask, dtype=b.dtype)
+    z = _inner(w, _dot(M, w, zero, zero)) / c2
+    w, G = solve(z, w)
     low, high = eps**4 / c2, jnp.max(jnp.diagonal(M)) / c2
     carry = (w, z, G, z, G, low, high, jnp.array(True), 0)
     w, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 60), body, carry)
@@ -202,12 +207,12 @@ def fairness(
         H = jnp.where(both, jnp.outer(scale, scale) * H, identity)
         L = jnp.linalg.cholesky(H + 4 * eps * identity, symmetrize_input=False)
         change = scale * jax.scipy.linalg.cho_solve((L, True), scale * r)
-        decrement = r @ change
+        decrement = _inner(r, change)
 
         # Halve the step until the slope along it is no longer steeply upwards.
         def overshoots(step):
             new = a * (1 + step * change)
-            slope = ((gradient(new) - target(new)) / new * a) @ change
+            slope = _inner((gradient(new) - target(new)) / new, a * change)
             return (slope > decrement / 2) & (step > 1e-4)
 
         shrink = jnp.max(-change)
@@ -240,10 +245,21 @@ def pinv(gram: jax.Array) -> jax.Array:
       Its pseudo-inverse, of shape (T, T).
     """
     (gram,) = _compute(gram)
+    multiply = functools.partial(jnp.matmul, precision="highest")
     values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
     kept = values > len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    return jnp.matmul(vectors * inverse[None], vectors.T, precision="highest")
+    inverse = multiply(vectors * inverse[None], vectors.T)
+    null = jnp.where(kept[None], 0, vectors)
+    onto_range = jnp.eye(len(gram), dtype=gram.dtype) - multiply(null, null.T)
+
+    # Newton's method for the inverse, with accurate residuals.
+    def refine(_, X):
+        residual = jax.vmap(lambda x, p: -_dot(gram, x, 0 * x, -p))(X, onto_range)
+        X = X + multiply(residual, X)
+        return (X + X.T) / 2
+
+    return lax.fori_loop(0, 2, refine, inverse)
 
 
 def project_simplex_residual(
@@ -283,18 +299,22 @@ def simplex_qp_residual(
     q = jnp.zeros_like(w) if q is None else q
     mask = jnp.ones(w.shape, bool) if mask is None else mask
     gradient = _dot(Q, w, 0 * w, q)
-    gap = w @ gradient - jnp.min(gradient, where=mask, initial=jnp.inf)
-    size = w @ (jnp.abs(Q) @ w + jnp.abs(q))
+    gap = _inner(w, gradient) - jnp.min(gradient, where=mask, initial=jnp.inf)
+    size = _inner(w, jnp.abs(Q) @ w + jnp.abs(q))
     outside = jnp.sum(jnp.abs(jnp.where(mask, jnp.minimum(w, 0), w)))
     return jnp.abs(gap) / _positive(size) + jnp.abs(jnp.sum(w) - 1) + outside
 
 
 def simplex_cone_program_residual(
-    gram: jax.Array, b: jax.Array, c: jax.typing.ArrayLike, w: jax.Array
+    gram: jax.Array,
+    b: jax.Array,
+    c: jax.typing.ArrayLike,
+    w: jax.Array,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """Violation of the optimality conditions of :func:`simplex_cone_program`."""
-    norm = jnp.sqrt(jnp.maximum(w @ _dot(gram, w, 0 * w, 0 * w), 0))
-    return simplex_qp_residual(jnp.asarray(c) * gram, w, norm * b)
+    norm = jnp.sqrt(jnp.maximum(_inner(w, _dot(gram, w, 0 * w, 0 * w)), 0))
+    return simplex_qp_residual(jnp.asarray(c) * gram, w, norm * b, mask)
 
 
 def fairness_residual(
@@ -348,7 +368,7 @@ def _dot(Q, x_high, x_low, start):
     pairs. Where gradients nearly cancel, the working precision is not enough.
     """
     info = jnp.finfo(Q.dtype)
-    halve = lambda a: lax.reduce_precision(a, info.nexp, info.nmant // 2)
+    halve = lambda a: lax.reduce_precision(a, info.nexp, (info.nmant - 1) // 2)
     x_high, x_low = x_high[None], x_low[None]
     Q1, x1 = halve(Q), halve(x_high)
     Q2, x2 = Q - Q1, x_high - x1
@@ -362,6 +382,11 @@ def _dot(Q, x_high, x_low, start):
     high, low = lax.reduce(pairs, (zero, zero), add, (Q.ndim - 1,))
     high, error = _two_sum(high, start)
     return high + (low + error)
+
+
+def _inner(u, v):
+    """Inner product, at full precision on any device."""
+    return jnp.sum(u * v)
 
 
 def _power_of_two(x):
@@ -406,8 +431,6 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     K = Q + jnp.outer(normal, normal) if on_simplex else Q
     identity = jnp.eye(size, dtype=Q.dtype)
 
-    dot = lambda u, v: jnp.sum(u * v)
-
     def solve(free, b, ridge):
         both = jnp.outer(free, free)
         L = jnp.linalg.cholesky(
@@ -423,7 +446,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         if not on_simplex:
             return solve(free, reduced[:, None], ridge)[:, 0]
         y = solve(free, jnp.stack([reduced, a], 1), ridge)
-        return y[:, 0] + (gap - dot(a, y[:, 0])) / dot(a, y[:, 1]) * y[:, 1]
+        return y[:, 0] + (gap - _inner(a, y[:, 0])) / _inner(a, y[:, 1]) * y[:, 1]
 
     # A first guess of the free variables, by exchanging all that are wrong at once.
     def exchange(carry):
@@ -431,7 +454,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         x = lower + newton(free, q - jnp.sum(Q * lower[None], 1), 1, 100 * eps)
         r = q - jnp.sum(Q * x, 1)
         if on_simplex:
-            r = r - a * dot(r, x)
+            r = r - a * _inner(r, x)
         tolerance = 100 * eps * jnp.max(jnp.abs(q) + jnp.abs(q - r))
         wrong = jnp.where(free, x < lower, allowed & (r > tolerance))
         number = jnp.sum(wrong)
@@ -446,7 +469,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
             (free, lower, size + 1, 3, 0),
         )
         guess = jnp.maximum(x, lower)
-        guess = guess / dot(a, guess) if on_simplex else guess
+        guess = guess / _inner(a, guess) if on_simplex else guess
         first = jnp.where(jnp.all(jnp.isfinite(guess)), guess, first)
 
     def body(carry):
@@ -455,7 +478,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         Qx = q - r
         reduced = r
         if on_simplex:
-            reduced = r - a * dot(r, x)
+            reduced = r - a * _inner(r, x)
         # Free the variable of steepest descent, if this is a minimiser of the face.
         on_face = jnp.max(jnp.abs(reduced), where=free, initial=0)
         noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
@@ -469,7 +492,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         failed = ~jnp.all(jnp.isfinite(move))
         ridge = jnp.where(failed, 16 * ridge, ridge)
         move = jnp.where(free & ~failed, move, 0)
-        decrement = dot(move, reduced)
+        decrement = _inner(move, reduced)
         room = jnp.maximum(x - lower, 0)
         blocking = free & (room + move < 0)
         ratio = jnp.where(blocking, room / jnp.where(blocking, -move, 1), jnp.inf)
@@ -480,8 +503,8 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         new = jnp.where(blocked, lower, new)
         new_low = jnp.where(blocked, 0, new_low)
         full_steps = jnp.where(jnp.any(blocked), 0, full_steps + 1)
-        norm2 = dot(x, Qx)
-        big = (16 * eps) ** 2 * norm2 + eps**3 * dot(x, x)
+        norm2 = _inner(x, Qx)
+        big = (16 * eps) ** 2 * norm2 + eps**3 * _inner(x, x)
         going = failed | enters | (full_steps < 2) | (decrement > big)
         return new, new_low, free & ~blocked, ridge, full_steps, going, count + 1
 

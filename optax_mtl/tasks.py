@@ -277,8 +277,8 @@ def combine(weights: jax.Array, updates: optax.Updates) -> optax.Updates:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
       >>> updates = jnp.array([[-4.0, 1, 1], [6, 1, 1]])
-      >>> print(optax_mtl.combine(jnp.array([0.6, 0.4]), updates))
-      [0. 1. 1.]
+      >>> print(optax_mtl.combine(jnp.array([0.5, 0.25]), updates))
+      [-0.5   0.75  0.75]
     """
     if isinstance(updates, GramView):
         return weights
@@ -367,3 +367,20 @@ def conflicts(gram: jax.Array) -> Conflicts:
             1,
         ),
     )
+
+
+def along_tasks(vector: jax.typing.ArrayLike, like: jax.Array) -> jax.Array:
+    """One number for each task, ``(T,)``, as an array to multiply a stacked leaf by."""
+    return jnp.expand_dims(vector, tuple(range(1, like.ndim)))
+
+
+def has_gradient(updates: optax.Updates) -> jax.Array:
+    """Which tasks have a gradient that is not exactly zero, shape ``(T,)``."""
+    nonzero = lambda x: jnp.any(x != 0, axis=tuple(range(1, x.ndim)))
+    return jnp.any(jnp.stack([nonzero(x) for x in jax.tree.leaves(updates)]), axis=0)
+
+
+def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
+    """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
+    scale = lambda x: (along_tasks(factors, x) * x).astype(x.dtype)
+    return jax.tree.map(scale, updates)

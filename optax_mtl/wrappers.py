@@ -56,63 +56,14 @@ def per_task(
     def update(updates, state, params=None, **extra_args):
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
-        exists = has_gradient(updates)
-        update_one = lambda exists, g, s: _update_if(
+        exists = tasks.has_gradient(updates)
+        update_one = lambda exists, g, s: base.update_if(
             exists, tx, g, s, params, **extra_args
         )
         new_updates, new_state = jax.vmap(update_one)(exists, updates, state)
         return new_updates, base.keep_if(base.all_finite(updates), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def has_gradient(updates: optax.Updates) -> jax.Array:
-    """Which tasks have a gradient that is not exactly zero, shape ``(T,)``."""
-    nonzero = lambda x: jnp.any(x != 0, axis=tuple(range(1, x.ndim)))
-    return jnp.any(jnp.stack([nonzero(x) for x in jax.tree.leaves(updates)]), axis=0)
-
-
-def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
-    """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
-
-    def scale_leaf(x):
-        return (x * jnp.expand_dims(factors, range(1, x.ndim))).astype(x.dtype)
-
-    return jax.tree.map(scale_leaf, updates)
-
-
-def update_each(
-    exists: jax.Array,
-    optimizer: optax.GradientTransformation,
-    gradient: jax.Array,
-    state: optax.OptState,
-    values: jax.Array,
-) -> tuple[jax.Array, optax.OptState]:
-    """One step of an optimizer on one number for each task, such as its weight.
-
-    Args:
-      exists: tasks that take part; the others keep their value and state.
-      optimizer: any optimizer; sees each number on its own.
-      gradient: shape ``(T,)``.
-      state: of the optimizer, ``jax.vmap(optimizer.init)(values)`` at first.
-      values: shape ``(T,)``.
-
-    Returns:
-      The new values and the new state.
-    """
-    update_one = lambda exists, g, s, value: _update_if(exists, optimizer, g, s, value)
-    steps, state = jax.vmap(update_one)(exists, gradient, state, values)
-    return values + steps, state
-
-
-def _update_if(exists, tx, update, state, params, **extra_args):
-    """The update and new state of a transformation; zero and the old if absent."""
-    new_update, new_state = tx.update(update, state, params, **extra_args)
-    choose = lambda new, old: jnp.where(exists, new, 0).astype(old.dtype)
-    return (
-        jax.tree.map(choose, new_update, update),
-        base.keep_if(exists, new_state, state),
-    )
 
 
 def log_losses() -> optax.GradientTransformationExtraArgs:
@@ -145,14 +96,9 @@ def log_losses() -> optax.GradientTransformationExtraArgs:
         if count is None:
             return updates, state
         losses = tasks.stack_losses(losses, count)
-        return scale_tasks(reciprocal(losses), updates), state
+        return tasks.scale_tasks(base.reciprocal(losses), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
-def reciprocal(x: jax.Array) -> jax.Array:
-    """One over each entry, and 0 for an entry of 0: that of an absent task."""
-    return jnp.where(x != 0, 1 / jnp.where(x != 0, x, 1), 0)
 
 
 def _weigh(method, count, updates, state, **extra_args):

@@ -6,7 +6,7 @@ import optax
 
 from optax_mtl import base
 from optax_mtl.methods.inverse_norm import inverse_norm, inverse_norm_weights
-from optax_mtl.wrappers import log_losses, per_task, reciprocal
+from optax_mtl.wrappers import log_losses, per_task
 
 
 def db_mtl(
@@ -57,7 +57,7 @@ def db_mtl(
     if isinstance(beta, (int, float)) and beta == 0:
 
         def weights_fn(state, gram, losses):
-            inverse = reciprocal(losses)
+            inverse = base.reciprocal(losses)
             log_gram = gram * jnp.outer(inverse, inverse)
             return inverse_norm_weights(log_gram, "max") * inverse, state
 

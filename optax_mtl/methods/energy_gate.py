@@ -111,8 +111,11 @@ def energy_gate(
         factor = boost / jnp.where(usual > 0, usual, 1)
         # Energies of zero become the smallest number, and stay equal to each other.
         tiny = jnp.finfo(energy.dtype).tiny
-        logits = jnp.log(jnp.maximum(_like(factor, g) * energy, tiny)) / temperature
-        takes_part = _like(exists, g)
+        logits = (
+            jnp.log(jnp.maximum(tasks.along_tasks(factor, g) * energy, tiny))
+            / temperature
+        )
+        takes_part = tasks.along_tasks(exists, g)
         gates = exists.sum() * jax.nn.softmax(logits, axis=0, where=takes_part)
         return jnp.sum(jnp.where(takes_part, gates * g, 0), axis=0)
 
@@ -143,8 +146,3 @@ def _axes_within(x, granularity):
     if granularity == "element":
         return ()
     return tuple(range(1, x.ndim - 1 if granularity == "channel" else x.ndim))
-
-
-def _like(vector, g):
-    """One number for each task, to be broadcast against stacked gradients."""
-    return vector.reshape(-1, *(1 for _ in g.shape[1:]))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.wrappers import reciprocal, update_each
 
 
 class FAMOState(NamedTuple):
@@ -100,7 +99,7 @@ def famo(
         seen = (state.losses != 0) & (after != 0) & jnp.isfinite(after)
         fall = jnp.log(_above(state.losses, min_losses) / _above(after, min_losses))
         gradient = famo_gradient(state.logits, jnp.where(seen, fall, 0), seen)
-        logits, opt_state = update_each(
+        logits, opt_state = base.update_each(
             seen,
             optimizer,
             gradient + gamma * state.logits,
@@ -162,7 +161,7 @@ def famo_weights(
     exists = losses != 0
     z = jnp.where(exists, jax.nn.softmax(logits, where=exists), 0)
     ratios = z / _above(losses, min_losses)
-    return ratios * reciprocal(ratios.sum())
+    return ratios * base.reciprocal(ratios.sum())
 
 
 def famo_gradient(logits: jax.Array, fall: jax.Array, seen: jax.Array) -> jax.Array:

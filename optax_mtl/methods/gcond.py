@@ -193,13 +193,13 @@ def gcond(
         arbitration = Arbitration(cosines, coefficients, winners, iterations)
 
         if reference == "accumulated":
-            direction = lambda x: _column(inverse, x) * x
+            direction = lambda x: tasks.along_tasks(inverse, x) * x
         else:
             squares = jnp.sum(_dot(unit, cosines) * unit, axis=1, keepdims=True)
             length = jnp.sqrt(jnp.where(squares > 0, squares, jnp.inf))
             direction = lambda x: _dot(unit / length * inverse[None], x)
         remember = lambda x, p: jnp.where(
-            _column(here, p), direction(x).astype(p.dtype), p
+            tasks.along_tasks(here, p), direction(x).astype(p.dtype), p
         )
         weights = jnp.where(finite, coefficients.sum(0), jnp.nan)
         return tasks.combine(weights, updates), GCondState(
@@ -379,11 +379,6 @@ def scale_by_lion_lars(
         return jnp.sign(update) * jnp.where(defined, ratio, 1).astype(update.dtype)
 
     return optax.with_extra_args_support(optax.stateless_with_tree_map(scale))
-
-
-def _column(vector, like):
-    """The vector along the first axis of an array."""
-    return vector.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _dot(a, b):

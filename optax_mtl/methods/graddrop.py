@@ -105,7 +105,7 @@ def _drop_signs(x, key, leaks, keep):
     purity = (1 + g.sum(axis=0) / jnp.where(size == 0, 1, size)) / 2
     positive = keep(purity) > jax.random.uniform(key, size.shape, accurate)
     kept = jnp.where(positive, g > 0, g < 0)
-    leaks = leaks.astype(accurate).reshape(-1, *[1] * (x.ndim - 1))
+    leaks = tasks.along_tasks(leaks.astype(accurate), x)
     total = ((leaks + (1 - leaks) * kept) * g).sum(axis=0)
     # What is not finite is not dropped: the step is to be skipped.
     return jnp.where(jnp.isfinite(size), total, jnp.nan).astype(x.dtype)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.wrappers import reciprocal, update_each
 
 _MIN_WEIGHT = 1e-3
 
@@ -90,15 +89,15 @@ def gradnorm(
         initial_losses = jnp.where(first, losses, state.initial_losses)
         # Among the tasks that are present, the weights sum to their number.
         stored = jnp.where(exists, state.weights, 0)
-        weights = stored * (exists.sum() * reciprocal(stored.sum()))
+        weights = stored * (exists.sum() * base.reciprocal(stored.sum()))
 
-        rates = jnp.where(exists, losses * reciprocal(initial_losses), 0)
+        rates = jnp.where(exists, losses * base.reciprocal(initial_losses), 0)
         gradient = gradnorm_gradient(weights, jnp.diagonal(gram) ** 0.5, rates, alpha)
-        new, opt_state = update_each(
+        new, opt_state = base.update_each(
             exists, optimizer, gradient, state.optimizer, weights
         )
         new = jnp.where(exists, jnp.maximum(new, _MIN_WEIGHT), 0)
-        new = new * (stored.sum() * reciprocal(new.sum()))
+        new = new * (stored.sum() * base.reciprocal(new.sum()))
         return weights, GradNormState(
             weights=jnp.where(exists, new, state.weights),
             initial_losses=initial_losses,
@@ -128,6 +127,6 @@ def gradnorm_gradient(
     exists = weights > 0
     count = jnp.maximum(exists.sum(), 1)
     weighted = weights * norms
-    relative = jnp.maximum(rates * count * reciprocal(jnp.sum(rates)), 0)
+    relative = jnp.maximum(rates * count * base.reciprocal(jnp.sum(rates)), 0)
     targets = weighted.sum() / count * relative**alpha
     return jnp.where(exists, jnp.sign(weighted - targets) * norms, 0)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
-from optax_mtl.wrappers import update_each
 
 
 class IMTLLState(NamedTuple):
@@ -91,5 +90,7 @@ def learn_log_weights(
     """One step on the objective of :func:`imtl_l` for the tasks that are present."""
     gradient = jnp.exp(state.log_weights) * losses - 1
     return IMTLLState(
-        *update_each(exists, optimizer, gradient, state.optimizer, state.log_weights)
+        *base.update_each(
+            exists, optimizer, gradient, state.optimizer, state.log_weights
+        )
     )

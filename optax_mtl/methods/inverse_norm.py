@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, solvers
-from optax_mtl.wrappers import reciprocal
 
 _TARGETS = ("mean", "max", "harmonic")
 
@@ -55,10 +54,10 @@ def inverse_norm_weights(gram: jax.Array, target: str = "mean") -> jax.Array:
     """Weights of :func:`inverse_norm`, from the Gram matrix."""
     gram, _ = solvers.normalize_gram(gram)  # The weights do not depend on scale.
     norms = jnp.sqrt(jnp.diagonal(gram))
-    inverse = reciprocal(norms)
+    inverse = base.reciprocal(norms)
     count = jnp.maximum(jnp.sum(norms > 0), 1)
     if target == "max":
         return norms.max() * inverse
     if target == "mean":
         return norms.sum() / count * inverse
-    return count * reciprocal(inverse.sum()) * inverse
+    return count * base.reciprocal(inverse.sum()) * inverse

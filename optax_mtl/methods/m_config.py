@@ -8,7 +8,6 @@ import optax
 
 from optax_mtl import base, tasks
 from optax_mtl.methods.config import config_weights
-from optax_mtl.wrappers import has_gradient, scale_tasks
 
 
 class MConFIGState(NamedTuple):
@@ -87,10 +86,10 @@ def m_config(
         del extra_args
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
-        exists, finite = has_gradient(updates), base.all_finite(updates)
+        exists, finite = tasks.has_gradient(updates), base.all_finite(updates)
         decay = jnp.where(exists, b1, 1)
         first = jax.tree.map(
-            lambda m, g: scale_tasks(decay, m) + scale_tasks(1 - decay, g),
+            lambda m, g: tasks.scale_tasks(decay, m) + tasks.scale_tasks(1 - decay, g),
             state.first,
             updates,
         )
@@ -99,7 +98,7 @@ def m_config(
         moves = jnp.all(counts > 0) & jnp.any(exists)
 
         bias = lambda decay, count: 1 - decay ** jnp.maximum(count, 1)
-        unbiased = scale_tasks(1 / bias(b1, counts), first)
+        unbiased = tasks.scale_tasks(1 / bias(b1, counts), first)
         weights = config_weights(tasks.gram(unbiased), jnp.ones(num_tasks))
         resolved = tasks.combine(weights, unbiased)
         steps = optax.safe_increment(state.steps)

@@ -9,7 +9,7 @@ import optax
 from optax_mtl import base, solvers, tasks
 from optax_mtl.methods.db_mtl import scheduled_ema
 from optax_mtl.methods.modo import move_on_simplex, uniform
-from optax_mtl.wrappers import per_task, reciprocal, scale_tasks
+from optax_mtl.wrappers import per_task
 
 
 class MoCoState(NamedTuple):
@@ -119,7 +119,7 @@ def _scale_to_losses():
         if count is None:
             return updates, state
         norms = jnp.sqrt(jnp.diagonal(tasks.gram(updates)))
-        factors = tasks.stack_losses(losses, count) * reciprocal(norms)
-        return scale_tasks(factors, updates), state
+        factors = tasks.stack_losses(losses, count) * base.reciprocal(norms)
+        return tasks.scale_tasks(factors, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

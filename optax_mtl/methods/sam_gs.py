@@ -131,7 +131,9 @@ def sam_gs(
         dissimilarity = jnp.where(some, squared, state.dissimilarity)
         counts = jnp.where(exists, optax.safe_increment(state.counts), state.counts)
         momentum = jax.tree.map(
-            lambda m, g: jnp.where(_like(exists, m), b1 * m + (1 - b1) * g, m),
+            lambda m, g: jnp.where(
+                tasks.along_tasks(exists, m), b1 * m + (1 - b1) * g, m
+            ),
             state.momentum,
             updates,
         )
@@ -146,7 +148,11 @@ def sam_gs(
         factor = exists.sum() if scale_by_num_tasks else 1
 
         def resolve(g, m):
-            sizes = jnp.where(equalise, _like(equal, g), jnp.abs(m) * _like(inverse, g))
+            sizes = jnp.where(
+                equalise,
+                tasks.along_tasks(equal, g),
+                jnp.abs(m) * tasks.along_tasks(inverse, g),
+            )
             return (factor * jnp.sum(sizes * g, axis=0)).astype(g.dtype)
 
         new_state = SAMGSState(counts, momentum, steps, dissimilarity)
@@ -177,8 +183,3 @@ def magnitude_similarity(
     similarities = jnp.where(pairs, product / jnp.where(pairs, squares, 1), 1)
     mean = jnp.mean(similarities, where=pairs | ~jnp.any(pairs))
     return mean, jnp.min(similarities)
-
-
-def _like(vector, x):
-    """One number for each task, to be broadcast against stacked gradients."""
-    return vector.reshape(-1, *(1 for _ in x.shape[1:]))

@@ -3,7 +3,6 @@
 import optax
 
 from optax_mtl import base
-from optax_mtl.wrappers import reciprocal
 
 
 def scale_invariant() -> optax.GradientTransformationExtraArgs:
@@ -32,4 +31,4 @@ def scale_invariant() -> optax.GradientTransformationExtraArgs:
       Navon et al, `Multi-Task Learning as a Bargaining Game
       <https://arxiv.org/abs/2202.01017>`_, ICML 2022, as a baseline
     """
-    return base.from_losses(reciprocal)
+    return base.from_losses(base.reciprocal)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
-from optax_mtl.wrappers import reciprocal
 
 
 class STCHState(NamedTuple):
@@ -104,7 +103,7 @@ def stch(
         weights = jnp.where(
             jnp.all(known | ~exists),
             stch_weights(losses, nadir, mu),
-            reciprocal(losses),
+            base.reciprocal(losses),
         )
         grows = exists & ~known
         in_window = grows & (state.counts >= warmup_steps)
@@ -123,7 +122,7 @@ def stch_weights(
     exists = losses != 0
     ratios = jnp.log(jnp.where(exists, losses / nadir, 1))
     softmax = jax.nn.softmax(ratios / mu, where=exists)
-    return exists.sum() * jnp.where(exists, softmax, 0) * reciprocal(losses)
+    return exists.sum() * jnp.where(exists, softmax, 0) * base.reciprocal(losses)
 
 
 def stch_linear_weights(

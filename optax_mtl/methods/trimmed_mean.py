@@ -1,8 +1,5 @@
 """Coordinate-wise trimmed mean."""
 
-import functools
-import operator
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -63,8 +60,7 @@ def trimmed_mean(num_trimmed: int = 1) -> optax.GradientTransformationExtraArgs:
                 f" {2 * num_trimmed + 1} tasks, but there are {num_tasks}; lower"
                 f" num_trimmed to at most {(num_tasks - 1) // 2}"
             )
-        nonzero = lambda x: jnp.any(x != 0, axis=tuple(range(1, x.ndim)))
-        exists = functools.reduce(operator.or_, map(nonzero, jax.tree.leaves(updates)))
+        exists = tasks.has_gradient(updates)
         trim = lambda x: _trimmed_mean(x, exists, num_trimmed)
         return jax.tree.map(trim, updates), state
 
@@ -72,7 +68,7 @@ def trimmed_mean(num_trimmed: int = 1) -> optax.GradientTransformationExtraArgs:
 
 
 def _trimmed_mean(x, exists, num_trimmed):
-    column = lambda v: v.reshape(-1, *[1] * (x.ndim - 1))
+    column = lambda v: tasks.along_tasks(v, x)
     ordered = jnp.sort(jnp.where(column(exists), x, jnp.inf), axis=0)
     count = exists.sum()
     trimmed = jnp.minimum(num_trimmed, jnp.maximum(count - 1, 0) // 2)

@@ -86,13 +86,11 @@ def uncertainty_weighting(
     def step(state, losses):
         exists = losses != 0
         weights = jnp.where(exists, a * jnp.exp(-state.log_variances), 0)
-        grads = (b - weights * losses).astype(state.log_variances.dtype)
-        update, optimizer_state = jax.vmap(inner.update)(
-            grads, state.optimizer_state, state.log_variances
+        gradient = (b - weights * losses).astype(state.log_variances.dtype)
+        return weights, UncertaintyWeightingState(
+            *base.update_each(
+                exists, inner, gradient, state.optimizer_state, state.log_variances
+            )
         )
-        new_state = UncertaintyWeightingState(
-            state.log_variances + update, optimizer_state
-        )
-        return weights, jax.vmap(base.keep_if)(exists, new_state, state)
 
     return base.from_state(init_fn, step, num_tasks, reads=["losses"])

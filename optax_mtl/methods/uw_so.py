@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
-from optax_mtl.wrappers import reciprocal
 
 
 def uw_so(
@@ -52,5 +51,5 @@ def uw_so_weights(
 ) -> jax.Array:
     """Weights of :func:`uw_so` from the losses, shape ``(T,)``."""
     exists = losses != 0
-    softmax = jax.nn.softmax(reciprocal(losses) / temperature, where=exists)
+    softmax = jax.nn.softmax(base.reciprocal(losses) / temperature, where=exists)
     return jnp.where(exists, softmax, 0)
