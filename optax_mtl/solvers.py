@@ -236,7 +236,8 @@ def fairness(
 def pinv(gram: jax.Array) -> jax.Array:
     """Pseudo-inverse of a symmetric positive semi-definite matrix.
 
-    Eigenvalues below ``T * eps`` times the largest count as zero.
+    Eigenvalues below ``T * eps`` times the largest count as zero. Its products are
+    less accurate than :func:`pinv_solve` where gradients are nearly dependent.
 
     Args:
       gram: the matrix, of shape (T, T).
@@ -245,21 +246,45 @@ def pinv(gram: jax.Array) -> jax.Array:
       Its pseudo-inverse, of shape (T, T).
     """
     (gram,) = _compute(gram)
-    multiply = functools.partial(jnp.matmul, precision="highest")
+    inverse, vectors, _ = _eigen(gram)
+    return _matmul(vectors * inverse[None], vectors.T)
+
+
+def pinv_solve(gram: jax.Array, b: jax.Array) -> jax.Array:
+    """Product of the pseudo-inverse of a matrix, as in :func:`pinv`, and a vector.
+
+    Args:
+      gram: symmetric positive semi-definite matrix, of shape (T, T).
+      b: the vector, of shape (T,).
+
+    Returns:
+      The least-squares solution of least norm of ``gram @ x = b``, of shape (T,).
+    """
+    gram, b = _compute(gram, b)
+    inverse, vectors, null = _eigen(gram)
+    b = b - _matmul(null, _matmul(null.T, b))
+
+    # Iterative refinement, with accurate residuals.
+    def refine(_, carry):
+        x, x_low = carry
+        residual = -_dot(gram, x, x_low, -b)
+        move = _matmul(vectors, inverse * _matmul(vectors.T, residual))
+        x, error = _two_sum(x, move)
+        return _two_sum(x, error + x_low)
+
+    x, _ = lax.fori_loop(0, 4, refine, (0 * b, 0 * b))
+    return x
+
+
+def _eigen(gram):
+    """Inverse eigenvalues (0 in the null space), eigenvectors, null vectors."""
     values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
     kept = values > len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    inverse = multiply(vectors * inverse[None], vectors.T)
-    null = jnp.where(kept[None], 0, vectors)
-    onto_range = jnp.eye(len(gram), dtype=gram.dtype) - multiply(null, null.T)
+    return inverse, vectors, jnp.where(kept[None], 0, vectors)
 
-    # Newton's method for the inverse, with accurate residuals.
-    def refine(_, X):
-        residual = jax.vmap(lambda x, p: -_dot(gram, x, 0 * x, -p))(X, onto_range)
-        X = X + multiply(residual, X)
-        return (X + X.T) / 2
 
-    return lax.fori_loop(0, 2, refine, inverse)
+_matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 def project_simplex_residual(
@@ -331,12 +356,18 @@ def fairness_residual(
     return jnp.max(jnp.where(a > 0, violation / _positive(size), 0))
 
 
+def pinv_solve_residual(gram: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+    """Violation of the normal equations of :func:`pinv_solve`."""
+    residual = _dot(gram, x, 0 * x, -b)
+    size = jnp.linalg.norm(gram) * (jnp.abs(gram) @ jnp.abs(x) + jnp.abs(b))
+    return jnp.max(jnp.abs(_matmul(gram, residual))) / _positive(jnp.max(size))
+
+
 def pinv_residual(gram: jax.Array, inverse: jax.Array) -> jax.Array:
     """Violation of the Penrose equations by a symmetric :func:`pinv`."""
-    multiply = functools.partial(jnp.matmul, precision="highest")
-    product = multiply(gram, inverse)
-    first = jnp.linalg.norm(multiply(product, gram) - gram)
-    second = jnp.linalg.norm(multiply(inverse, product) - inverse)
+    product = _matmul(gram, inverse)
+    first = jnp.linalg.norm(_matmul(product, gram) - gram)
+    second = jnp.linalg.norm(_matmul(inverse, product) - inverse)
     return jnp.maximum(
         first / _positive(jnp.linalg.norm(gram)),
         second / _positive(jnp.linalg.norm(inverse)),
