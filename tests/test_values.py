@@ -207,16 +207,12 @@ def test_value(row, double):
         losses = None if row.losses is None else jnp.asarray(row.losses, float)
         method = optax_mtl.get(row.name, len(gradients), **row.options)
         elementwise = "gradients" in optax_mtl.METHODS[row.name].reads
-
-        @jax.jit
-        def step(gradients, state):
-            view = optax_mtl.GramView(len(gradients), lambda: optax_mtl.gram(gradients))
-            updates = gradients if elementwise else view
-            return method.update(updates, state, losses=losses)
-
+        view = optax_mtl.GramView(len(gradients), lambda: optax_mtl.gram(gradients))
+        updates = gradients if elementwise else view
+        # Not compiled: operations on these few shapes are shared by all rows.
         state = method.init(gradients[0])
         for _ in range(row.steps):
-            found, state = step(gradients, state)
+            found, state = method.update(updates, state, losses=losses)
     # Half a unit of the last digit given; in float32, the accuracy of the Gram matrix.
     tolerance = max(row.tolerance, 0 if double else 1e-5)
     if row.weights is not None:
