@@ -5,6 +5,11 @@
 times one update of `gcond` against the two passes over memory that nothing can do
 without: read the gradients of all tasks and the last ones to measure them, read the
 gradients again and write one update. All are timed by turns in one run.
+
+    python -m benchmarks.gcond --training
+
+times steps of examples/ssl on the plain sum, with GCond in stochastic mode (one task per
+micro-batch) and in exact mode, and prints the compiler's temporary memory.
 """
 
 import argparse
@@ -53,7 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--params", type=int, default=4_000_000)
     parser.add_argument("--leaves", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--training", action="store_true")
     args = parser.parse_args(argv)
+    if args.training:
+        return compare_training(args.repeats)
 
     print(f"{args.params:,} parameters in {args.leaves} leaves on {jax.devices()[0]}")
     print("| tasks | method | ms | x the two passes |")
@@ -71,6 +79,45 @@ def main(argv: list[str] | None = None) -> None:
         for name, seconds in times.items():
             ratio = seconds / times["two passes"]
             print(f"| {num_tasks} | {name} | {1e3 * seconds:.1f} | {ratio:.2f} |")
+
+
+def compare_training(repeats: int) -> None:
+    """Steps of the self-supervised example: the same model, three ways."""
+    from examples.ssl import config, data, model, train
+
+    settings = {
+        "sum": ["--method", "sum"],
+        "gcond, stochastic": ["--mode", "stochastic"],
+        "gcond, exact": ["--mode", "exact"],
+    }
+    functions, memory = {}, {}
+    for name, arguments in settings.items():
+        options = config.parse([*arguments, "--devices", "1"])
+        images = data.load(options)
+        experiment = train.make_experiment(options, images)
+        batch = data.draw(images, 1, model.num_patches(options), options)
+        batch, state = experiment.place(batch), experiment.init()
+        step = experiment.step.lower(state, batch).compile()
+        memory[name] = step.memory_analysis().temp_size_in_bytes / 1e6
+        functions[name] = _repeated(step, state, batch)
+    times = best_times(functions, repeats)
+    print(f"Steps of {options.batch_size} images in {options.micro_batches} parts")
+    print("| training | images/s | throughput / sum's | temporary MB |")
+    print("| --- | --- | --- | --- |")
+    for name, seconds in times.items():
+        print(
+            f"| {name} | {options.batch_size / seconds:.0f} "
+            f"| {times['sum'] / seconds:.2f} | {memory[name]:.0f} |"
+        )
+
+
+def _repeated(step, state, batch):
+    def call():
+        nonlocal state
+        state, measured = step(state, batch)
+        return measured
+
+    return call
 
 
 def make_step(method, params, updates):

@@ -26,11 +26,12 @@ class MobileNet(NamedTuple):
 
 
 class ConvNeXt(NamedTuple):
-    """Widths and depths of the stages of ConvNeXt-V2, and the stride of the stem."""
+    """Widths and depths of the stages of ConvNeXt-V2, and stride of its stem."""
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
-    stem: int
+    stem: int = 4
+    kernel: int = 7
 
     @property
     def width(self) -> int:
@@ -69,10 +70,10 @@ ENCODERS: dict[str, MobileNet | ConvNeXt] = {
         ),
         width=576,
     ),
-    "convnext_atto": ConvNeXt((24, 48), (1, 2), 4),
-    "convnext_femto": ConvNeXt((48, 96), (2, 6), 4),
-    "convnext_v2_tiny": ConvNeXt((96, 192, 384, 768), (3, 3, 9, 3), 4),
-    "convnext_v2_base": ConvNeXt((128, 256, 512, 1024), (3, 3, 27, 3), 4),
+    "convnext_atto": ConvNeXt((24, 48), (1, 2)),
+    "convnext_femto": ConvNeXt((48, 96), (2, 6)),
+    "convnext_v2_tiny": ConvNeXt((96, 192, 384, 768), (3, 3, 9, 3)),
+    "convnext_v2_base": ConvNeXt((128, 256, 512, 1024), (3, 3, 27, 3)),
 }
 
 
@@ -228,7 +229,8 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     side = a.shape[1]
     size = min(11, side - 1 + side % 2)
-    offsets = jnp.arange(side) - jnp.arange(side - size + 1)[:, None] - size // 2
+    centers = jnp.arange(size // 2, side - size // 2)[:, None]
+    offsets = jnp.arange(side)[None] - centers
     inside = jnp.abs(offsets) <= size // 2
     window = jnp.where(inside, jnp.exp(-0.5 * (offsets / 1.5) ** 2), 0)
     window = window / window.sum(1, keepdims=True)
@@ -357,7 +359,9 @@ class _ConvNeXt(nnx.Module):
             if width != channels:
                 layers.append(nnx.LayerNorm(width, dtype=dtype, rngs=rngs))
             layers.append(_Downsample(width, out, stride, dtype, rngs))
-            layers += [_ConvNeXtBlock(out, dtype, rngs) for _ in range(depth)]
+            layers += [
+                _ConvNeXtBlock(out, preset.kernel, dtype, rngs) for _ in range(depth)
+            ]
             width, stride = out, 2
         self.layers = nnx.List(layers)
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
@@ -383,8 +387,8 @@ class _Downsample(nnx.Module):
 
 
 class _ConvNeXtBlock(nnx.Module):
-    def __init__(self, width, dtype, rngs):
-        self.depthwise = _conv(width, width, 7, 1, True, dtype, rngs)
+    def __init__(self, width, kernel, dtype, rngs):
+        self.depthwise = _conv(width, width, kernel, 1, True, dtype, rngs)
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.expand = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.scale = nnx.Param(jnp.zeros(4 * width))

@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 def make_experiment(config: Config, images: data.Images) -> Experiment:
     """Makes the functions of a run, compiled when they are first called."""
     replicated, split = _devices(config)
+    tx = make_optimizer(config, num_tasks=2 + (config.third_task != "none"))
     network = model.MaskedAutoencoder(
         config, images.train.shape[-1], images.num_classes, *images.statistics()
     )
@@ -106,7 +107,6 @@ def make_experiment(config: Config, images: data.Images) -> Experiment:
     example = data.draw(images, 0, model.num_patches(config), config)
     example = jax.tree.map(lambda x: x[:1], example)
     tasks = sorted(jax.eval_shape(losses_fn, params, example, statistics)[0])
-    tx = make_optimizer(config, len(tasks))
     stochastic = config.mode == "stochastic" and config.method != "sum"
     accumulate = optax_mtl.accumulate_task_grads(
         weighted, config.micro_batches, has_aux=True, one_task_each=stochastic
