@@ -483,7 +483,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     def exchange(carry):
         free, _, fewest, patience, count = carry
         x = lower + newton(free, q - jnp.sum(Q * lower[None], 1), 1, 100 * eps)
-        r = q - jnp.sum(Q * x, 1)
+        r = q - jnp.sum(Q * x[None], 1)
         if on_simplex:
             r = r - a * _inner(r, x)
         tolerance = 100 * eps * jnp.max(jnp.abs(q) + jnp.abs(q - r))

@@ -34,12 +34,17 @@ def losses(num_tasks):
     return jnp.linspace(0.5, 2.0, num_tasks)
 
 
-def run(method, updates, num_tasks, steps=1, state=None):
-    """The update after some steps with the same gradients, and the state."""
-    state = method.init(params()) if state is None else state
-    for _ in range(steps):
-        out, state = method.update(updates, state, params(), losses=losses(num_tasks))
-    return out, state
+def run(method, updates, state):
+    """One update of a method, with losses, and the next state."""
+    num_tasks = len(jax.tree.leaves(updates)[0])
+    return method.update(updates, state, params(), losses=losses(num_tasks))
+
+
+@functools.cache
+def compiled(name, num_tasks=3):
+    """The method, and its compiled step on updates and state."""
+    method = optax_mtl.get(name, num_tasks)
+    return method, jax.jit(lambda updates, state: run(method, updates, state))
 
 
 # Matrices of gradients by their stationarity; constructions of Quinton and Rey,

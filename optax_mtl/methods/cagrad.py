@@ -85,10 +85,9 @@ def cagrad_weights(
     """
     gram, _ = solvers.normalize_gram(gram)  # The weights do not depend on scale.
     radius = c * jnp.sqrt(jnp.maximum(average @ gram @ average, 0))
-    # The dual: the hull of the task gradients in place of the direction. Entries of
-    # the normalised matrix are at most 1, so 2 keeps a task without gradient out.
-    dots = jnp.where(tasks.present(gram), gram @ average, 2)
-    hull = solvers.simplex_cone_program(gram, dots, radius)
+    # The dual problem: the direction is sought in the hull of the task gradients.
+    exists = tasks.present(gram)
+    hull = solvers.simplex_cone_program(gram, gram @ average, radius, exists)
     norm_squared = hull @ gram @ hull
     # A hull that contains the origin has nothing to add (Pareto stationary).
     nothing = norm_squared <= len(gram) * jnp.finfo(gram.dtype).eps
