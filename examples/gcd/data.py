@@ -49,7 +49,8 @@ def load(source: str) -> tuple[np.ndarray, np.ndarray]:
     path = pathlib.Path(source)
     if source == "digits":
         digits = datasets.load_digits()
-        images, labels = np.rint(digits.images * (255 / 16)), digits.target
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        labels = digits.target
     elif path.is_dir():
         images, labels = _load_cifar(path)
     elif path.is_file():
@@ -69,7 +70,9 @@ def load(source: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"--data {source}: {len(images)} images, but labels of shape {labels.shape}"
         )
-    return images.astype(np.uint8), labels
+    if images.dtype != np.uint8:
+        raise ValueError(f"--data {source}: images are {images.dtype}, not uint8")
+    return images, labels
 
 
 def make_split(images: np.ndarray, labels: np.ndarray, config: Config) -> Split:
