@@ -8,8 +8,8 @@ gradients again and write one update. All are timed by turns in one run.
 
     python -m benchmarks.gcond --training
 
-times steps of examples/ssl on the plain sum, with GCond in stochastic mode (one task per
-micro-batch) and in exact mode, and prints the compiler's temporary memory.
+times steps of examples/ssl on the plain sum, with GCond in stochastic mode (one task
+per micro-batch) and in exact mode, and prints the compiler's temporary memory.
 """
 
 import argparse
