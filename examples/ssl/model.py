@@ -249,7 +249,7 @@ def contrastive_loss(a: jax.Array, b: jax.Array, temperature: float = 0.2) -> ja
 
 
 def _conv(width, out, kernel, stride, depthwise, dtype, rngs):
-    if kernel == 1:
+    if kernel == stride == 1:
         return nnx.Linear(width, out, dtype=dtype, rngs=rngs)
     by_shifts = depthwise and jax.default_backend() == "cpu"
     return nnx.Conv(
