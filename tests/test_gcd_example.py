@@ -82,9 +82,7 @@ def test_unlabelled_rows_are_no_candidates(x64):
 
 def test_batch_without_labels_has_no_supervised_loss():
     def supervised(x):
-        return objective.supervised_and_unsupervised(
-            x, x, jnp.zeros(6, int), jnp.zeros(6, bool), 0.07
-        )[0]
+        return objective.simgcd(x, x, jnp.zeros(6, int), jnp.zeros(6, bool), 0.07)[0]
 
     loss, gradient = jax.jit(jax.value_and_grad(supervised))(wave(6, 4))
     assert loss == 0
@@ -97,6 +95,23 @@ def test_extreme_logits_stay_finite():
     loss, gradient = jax.jit(jax.value_and_grad(objective.mean_entropy))(logits)
     close(loss, math.log(3), 1e-6)
     assert jnp.isfinite(gradient).all()
+
+
+def test_rank_statistics_pairs_images_with_the_same_strongest_features():
+    # Unlabelled images 0 and 1 share their two strongest features; 2 has others, and
+    # 3 is labelled. Probabilities of being of one class, by hand: rows of `same`.
+    z = jnp.array([[3.0, -2, 0, 1], [2.0, 3, 1, 0], [0, 1, 2.0, 3], [1, 1, 1, 1]])
+    probs = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.5, 0.5]])
+    logits = jnp.log(jnp.tile(probs, (2, 1))) * objective.STUDENT_TEMPERATURE
+    labelled = jnp.tile(jnp.array([False, False, False, True]), 2)
+    supervised, unsupervised = objective.rank_statistics(
+        jnp.tile(z, (2, 1)), logits, jnp.zeros(8, int), labelled, k=2
+    )
+    same = probs[:3] @ probs[:3].T
+    alike = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]], bool)
+    expected = -np.where(alike, np.log(same), np.log(1 - same)).mean()
+    close(unsupervised, expected, 1e-5)  # Equal views: no inconsistency.
+    close(supervised, -math.log(0.5), 1e-5)
 
 
 # Evaluation
@@ -501,6 +516,7 @@ def test_nan_weights_are_noticed(tmp_path):
         (["--known", "11"], ValueError, "--known 11.*10 classes"),
         (["--max-classes", "12"], ValueError, "--max-classes 12.*10 classes"),
         (["--labelled-share", "0"], ValueError, "leaves 0 labelled"),
+        (["--objective", "x"], ValueError, "--objective x: known are simgcd"),
         (["--preset", "huge"], ValueError, "--preset huge: known are tiny"),
         (["--preset", "mini"], ValueError, "do not divide into patches of 7"),
         (["--method", "pcgradd"], ValueError, "did you mean 'pcgrad'"),

@@ -10,6 +10,7 @@ class Config:
 
     # What to run.
     method: str = "eagc"  # sum, eagc, aga, eep, or a name in optax_mtl.METHODS.
+    objective: str = "simgcd"  # Or rankstats.
     seed: int = 0
     out: str = "runs/gcd"
     resume: bool = False

@@ -1,4 +1,4 @@
-"""The losses of SimGCD. Rows: all images' first views, then all second views."""
+"""Losses of SimGCD and of RankStats. Rows: all first views, then all second views."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from examples.gcd.model import normalize
 STUDENT_TEMPERATURE = 0.1
 
 
-def supervised_and_unsupervised(
+def simgcd(
     logits: jax.Array,
     projections: jax.Array,
     labels: jax.Array,
@@ -16,7 +16,7 @@ def supervised_and_unsupervised(
     teacher_temperature: jax.typing.ArrayLike,
     entropy_weight: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The two objectives of category discovery; SimGCD adds 0.35 and 0.65 of them.
+    """The supervised and the unsupervised objective; SimGCD adds 0.35 and 0.65 of them.
 
     Args:
       logits: cosines to the prototypes of all classes, shape (2 B, K).
@@ -32,6 +32,35 @@ def supervised_and_unsupervised(
     unsupervised += entropy_weight * mean_entropy(logits)
     unsupervised += contrast(projections)
     return supervised, unsupervised
+
+
+def rank_statistics(
+    z: jax.Array,
+    logits: jax.Array,
+    labels: jax.Array,
+    labelled: jax.Array,
+    k: int = 5,
+) -> tuple[jax.Array, jax.Array]:
+    """A second pair of objectives, in the manner of RankStats (Han et al., 2020).
+
+    Two unlabelled images whose `k` strongest features are the same are taken to be
+    of one class, all others of two; the two views of an image are to agree. Unlike
+    the paper, one classifier serves known and novel classes, the consistency term is
+    not ramped up, and the backbone is not pretrained without labels.
+    """
+    n = len(z) // 2
+    magnitudes = jnp.abs(jax.lax.stop_gradient(z[:n]))
+    strongest = jax.nn.one_hot(jax.lax.top_k(magnitudes, k)[1], z.shape[1]).sum(1)
+    alike = strongest @ strongest.T > k - 0.5  # Counts of common features.
+
+    probs = jax.nn.softmax(logits / STUDENT_TEMPERATURE)
+    # Never exactly 0 or 1, where the logarithms below are infinite.
+    same = jnp.clip(probs[:n] @ probs[n:].T, 1e-4, 1 - 1e-4)
+    losses = -jnp.where(alike, jnp.log(same), jnp.log1p(-same))
+    pairs = ~labelled[:n, None] & ~labelled[None, :n]
+    consistency = jnp.sum((probs[:n] - probs[n:]) ** 2, 1).mean()
+    supervised = supervised_cross_entropy(logits, labels, labelled)
+    return supervised, _masked_mean(losses, pairs) + consistency
 
 
 def supervised_cross_entropy(logits, labels, labelled):

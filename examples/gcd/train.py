@@ -300,14 +300,19 @@ def _make_experiment(config, shape, num_classes):
                     anchor=config.anchor * aligns,
                 )
             logits, projections = network.heads(z)
-            supervised, unsupervised = objective.supervised_and_unsupervised(
-                logits,
-                projections,
-                labels,
-                labelled,
-                temperature,
-                config.entropy_weight,
-            )
+            if config.objective == "rankstats":
+                supervised, unsupervised = objective.rank_statistics(
+                    z, logits, labels, labelled
+                )
+            else:
+                supervised, unsupervised = objective.simgcd(
+                    logits,
+                    projections,
+                    labels,
+                    labelled,
+                    temperature,
+                    config.entropy_weight,
+                )
             share = config.supervised_weight
             losses = jnp.stack([share * supervised, (1 - share) * unsupervised])
             return losses, coordinator
@@ -499,6 +504,8 @@ def _without_seed(config):
 
 
 def _sizes(config, split):
+    if config.objective not in ("simgcd", "rankstats"):
+        raise ValueError(f"--objective {config.objective}: known are simgcd, rankstats")
     if config.preset not in model.PRESETS:
         known = ", ".join(model.PRESETS)
         raise ValueError(f"--preset {config.preset}: known are {known}")
