@@ -90,7 +90,12 @@ def accumulate_task_grads(
         shared_part, heads = gradients.split(params, shared)
 
         def add_all_tasks(totals, batch):
-            losses_of = gradients.vector_fn(losses_fn, has_aux, batch, kwargs)
+            def losses_of(shared_part, heads):
+                params = gradients.merge(shared_part, heads)
+                value = losses_fn(params, *batch, **kwargs)
+                losses = value[0] if has_aux else value
+                return gradients.stack_task_losses(losses), value
+
             vector, pull_back, value = jax.vjp(
                 losses_of, shared_part, heads, has_aux=True
             )

@@ -9,6 +9,9 @@ import optax
 
 from optax_mtl import tasks
 
+# More tasks than these are batched or run in a loop, for the sake of compile time.
+_MAX_WRITTEN_OUT, _MAX_WRITTEN_OUT_HEADS = 8, 64
+
 Mask = Any  # Tree of bools with the structure of the parameters, or a prefix of it.
 
 
@@ -58,14 +61,18 @@ def value_and_task_grads(
     """
 
     def fn(params, *args, **kwargs):
+        primals = split(params, shared)
         losses_of = vector_fn(losses_fn, has_aux, args, kwargs)
-        shared_part, heads = split(params, shared)
-        vector, pull_back, value = jax.vjp(losses_of, shared_part, heads, has_aux=True)
-        # Unlike jnp.eye, this varies over devices under shard_map as the losses do.
-        basis = jnp.diag(jnp.ones_like(vector))
-        map_tasks = jax.lax.map if sequential else lambda f, xs: jax.vmap(f)(xs)
-        updates = map_tasks(lambda cotangent: pull_back(cotangent)[0], basis)
-        return value, merge(updates, pull_back(jnp.ones_like(vector))[1])
+        losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
+        pull_back = jax.linear_transpose(push_forward, *primals)
+        if sequential:
+            updates = jax.lax.map(
+                lambda cotangent: pull_back(cotangent)[0], _basis(losses)
+            )
+        else:
+            updates = _pull_back_each(push_forward, primals, losses)[0]
+        ones = jax.tree.map(jnp.ones_like, losses)
+        return value, merge(updates, pull_back(ones)[1])
 
     return fn
 
@@ -134,16 +141,15 @@ def value_and_grad(
     method = optax.with_extra_args_support(method)
 
     def from_gram(params, state, *args, **kwargs):
+        primals = split(params, shared)
         losses_of = vector_fn(losses_fn, has_aux, args, kwargs)
-        shared_part, heads = split(params, shared)
-        vector, push_forward, value = jax.linearize(
-            losses_of, shared_part, heads, has_aux=True
-        )
-        pull_back = jax.linear_transpose(push_forward, shared_part, heads)
+        losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
+        pull_back = jax.linear_transpose(push_forward, *primals)
+        vector = tasks.stack_losses(losses, None)
 
         def compute_gram():
             # Linearized again to leave out the heads, not to multiply them by zero.
-            zeros = optax.tree.zeros_like((shared_part, heads))
+            zeros = optax.tree.zeros_like(primals)
             try:
                 _, push = jax.linearize(lambda x: push_forward(x, zeros[1]), zeros[0])
             except (NotImplementedError, TypeError) as error:
@@ -151,8 +157,16 @@ def value_and_grad(
                     "gradients cannot be pushed forward through this model, which"
                     " probably has a jax.custom_vjp; use mode='stacked'"
                 ) from error
-            column = lambda cotangent: push(pull_back(cotangent)[0])
-            gram = jax.lax.map(column, jnp.diag(jnp.ones_like(vector)))
+            column = lambda grads: tasks.stack_losses(push(grads[0]), None)
+            if len(vector) <= _MAX_WRITTEN_OUT:
+                gram = jnp.stack(
+                    [
+                        column(_pull_back_one(push_forward, primals, losses, task))
+                        for task in range(len(vector))
+                    ]
+                )
+            else:
+                gram = jax.lax.map(lambda c: column(pull_back(c)), _basis(losses))
             return (gram + gram.T) / 2
 
         view = tasks.GramView(len(vector), compute_gram)
@@ -163,8 +177,11 @@ def value_and_grad(
                 f" {weights}: give a method of optax_mtl, and apply the rest of the"
                 " chain to the gradient that value_and_grad returns"
             )
-        grads, _ = pull_back(weights.astype(vector.dtype))
-        return value, merge(grads, pull_back(jnp.ones_like(vector))[1]), state
+        weights = weights.astype(vector.dtype)
+        if isinstance(losses, list):
+            weights = list(weights)
+        ones = jax.tree.map(jnp.ones_like, losses)
+        return value, merge(pull_back(weights)[0], pull_back(ones)[1]), state
 
     def from_stacked(params, state, *args, **kwargs):
         task_grads = value_and_task_grads(losses_fn, has_aux, shared=shared)
@@ -251,18 +268,20 @@ def value_and_grad_at_features(
             value = trunk_fn(params, *args, **kwargs)
             return value if has_aux else (value, None)
 
-        def losses_of(params, features):
-            value = heads_fn(params, features, *args, **kwargs)
-            losses = value[0] if has_aux else value
-            return stack_task_losses(losses), value
-
         split(params, None)  # Validates the parameters.
         features, pull_back_trunk, trunk_aux = jax.vjp(
             features_of, params, has_aux=True
         )
-        vector, pull_back, value = jax.vjp(losses_of, params, features, has_aux=True)
-        basis = jnp.diag(jnp.ones_like(vector))
-        updates = jax.vmap(lambda cotangent: pull_back(cotangent)[1])(basis)
+
+        def losses_of(params, features):
+            value = heads_fn(params, features, *args, **kwargs)
+            losses = value[0] if has_aux else value
+            return separate_losses(losses, _MAX_WRITTEN_OUT_HEADS), value
+
+        primals = (params, features)
+        losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
+        updates = _pull_back_each(push_forward, primals, losses)[1]
+        vector = tasks.stack_losses(losses, None)
         if sum_batch:
             totals = lambda: jax.tree.map(lambda g: g.sum(axis=1), updates)
             view = tasks.GramView(len(vector), lambda: tasks.gram(totals()))
@@ -270,9 +289,9 @@ def value_and_grad_at_features(
             resolved = tasks.combine(weights, updates)
         else:
             resolved, state = method.update(updates, state, features, losses=vector)
-        grads = optax.tree.add(
-            pull_back_trunk(resolved)[0], pull_back(jnp.ones_like(vector))[0]
-        )
+        pull_back = jax.linear_transpose(push_forward, *primals)
+        ones = jax.tree.map(jnp.ones_like, losses)
+        grads = optax.tree.add(pull_back_trunk(resolved)[0], pull_back(ones)[0])
         if has_aux:
             value = (value[0], (trunk_aux, value[1]))
         return value, grads, state
@@ -281,14 +300,49 @@ def value_and_grad_at_features(
 
 
 def vector_fn(losses_fn, has_aux, args, kwargs):
-    """Function of shared parameters and heads to losses (T,) and what to return."""
+    """Function of shared parameters and heads to losses and what to return."""
 
     def losses_of(shared_part, heads):
         value = losses_fn(merge(shared_part, heads), *args, **kwargs)
         losses = value[0] if has_aux else value
-        return stack_task_losses(losses), value
+        return separate_losses(losses, _MAX_WRITTEN_OUT), value
 
     return losses_of
+
+
+def separate_losses(losses: Any, limit: int) -> jax.Array | list[jax.Array]:
+    """A list of named losses, up to a limit, otherwise a vector."""
+    vector = stack_task_losses(losses)
+    if hasattr(losses, "shape") or len(vector) > limit:
+        return vector
+    return [x.astype(vector.dtype) for x in map(jnp.asarray, jax.tree.leaves(losses))]
+
+
+def _basis(losses):
+    """Cotangents of each loss, stacked, in the structure of the losses."""
+    # Unlike jnp.eye, this varies over devices under shard_map as the losses do.
+    basis = jnp.diag(jnp.ones_like(tasks.stack_losses(losses, None)))
+    return list(basis) if isinstance(losses, list) else basis
+
+
+def _pull_back_one(push_forward, primals, losses, task):
+    """Gradients of one loss with respect to all arguments."""
+    if isinstance(losses, list):
+        # Transposed by itself, so that only the head of this task is traversed.
+        pull_back = jax.linear_transpose(lambda *t: push_forward(*t)[task], *primals)
+        return pull_back(jnp.ones_like(losses[task]))
+    return jax.linear_transpose(push_forward, *primals)(_basis(losses)[task])
+
+
+def _pull_back_each(push_forward, primals, losses):
+    """Stacked gradients of all losses with respect to all arguments."""
+    if isinstance(losses, list):
+        rows = [
+            _pull_back_one(push_forward, primals, losses, task)
+            for task in range(len(losses))
+        ]
+        return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
+    return jax.vmap(jax.linear_transpose(push_forward, *primals))(_basis(losses))
 
 
 def stack_task_losses(losses: Any) -> jax.Array:
