@@ -182,8 +182,11 @@ def fairness(
     M, p = _compute(gram, p)
     eps = jnp.finfo(M.dtype).eps
     alpha = jnp.asarray(alpha, M.dtype)
+    # Units of M and a without rounding errors; the rest of the scale goes into p.
     unit = _power_of_two(_positive(jnp.trace(M)))
-    M = M / unit
+    power = alpha / (1 + alpha)
+    unit_a = _power_of_two(unit**-power)
+    M, p = M / unit, p * (unit_a * unit**power) ** (-1 / power)
     active = (jnp.diagonal(M) > 0) & (p > 0)
     active = active if mask is None else active & mask
     both = jnp.outer(active, active)
@@ -192,16 +195,16 @@ def fairness(
 
     # Newton's method on the convex a'Ma / 2 - sum p a^(1 - 1/alpha) / (1 - 1/alpha),
     # for the relative change of a. Exact at once for orthogonal gradients.
-    def gradient(a):
-        return jnp.where(active, a * (_dot(M, a, 0 * a, 0 * a)), 0)
+    def gradient(a, a_low):
+        return jnp.where(active, a * _dot(M, a, a_low, 0 * a), 0)
 
     def target(a):
         return jnp.where(active, p * a ** (1 - 1 / alpha), 0)
 
     def body(carry):
-        a, _, count = carry
+        a, a_low, _, count = carry
         b = target(a)
-        r = b - gradient(a)
+        r = b - gradient(a, a_low)
         H = jnp.outer(a, a) * M + jnp.diag(b / alpha)
         scale = 1 / jnp.sqrt(jnp.where(active, jnp.diagonal(H), 1))
         H = jnp.where(both, jnp.outer(scale, scale) * H, identity)
@@ -212,25 +215,28 @@ def fairness(
         # Halve the step until the slope along it is no longer steeply upwards.
         def overshoots(step):
             new = a * (1 + step * change)
-            slope = _inner((gradient(new) - target(new)) / new, a * change)
+            slope = _inner((gradient(new, a_low) - target(new)) / new, a * change)
             return (slope > decrement / 2) & (step > 1e-4)
 
         shrink = jnp.max(-change)
         step = jnp.where(shrink > 0.99, 0.99 / shrink, 1)
         step = lax.while_loop(overshoots, lambda t: t / 2, step)
         tolerance = 64 * eps**2 * (1 + alpha) * jnp.sum(b)
-        new = a * (1 + step * change)
+        new, new_low = _two_sum(a, a * (step * change) + a_low)
+        new = jnp.maximum(new, 1e-30 * a0)  # No underflow.
         # The factorisation fails when the weights diverge: keep the last.
         solved = jnp.all(jnp.isfinite(new))
         going = solved & (decrement > tolerance) & jnp.all(new < a0 / eps)
-        new = jnp.where(solved, new, a)
-        return new, going, count + 1
+        new, new_low = jnp.where(solved, new, a), jnp.where(solved, new_low, 0)
+        return new, new_low, going, count + 1
 
     ratio = jnp.where(active, p / _positive(jnp.diagonal(M)), 1)
-    a0 = ratio ** (alpha / (1 + alpha))
-    a, *_ = lax.while_loop(lambda c: c[1] & (c[2] < 60), body, (a0, jnp.array(True), 0))
-    a = jnp.where(active, a * unit ** (-alpha / (1 + alpha)), 0)
-    return jnp.where(jnp.all(jnp.isfinite(gram)), a, jnp.nan)
+    a0 = ratio**power
+    carry = (a0, 0 * a0, jnp.array(True), 0)
+    a, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 60), body, carry)
+    a = jnp.where(active, a * unit_a, 0)
+    finite = jnp.all(jnp.isfinite(gram)) & jnp.all(jnp.isfinite(p))
+    return jnp.where(finite, a, jnp.nan)
 
 
 def pinv(gram: jax.Array) -> jax.Array:
@@ -324,10 +330,13 @@ def simplex_qp_residual(
     q = jnp.zeros_like(w) if q is None else q
     mask = jnp.ones(w.shape, bool) if mask is None else mask
     gradient = _dot(Q, w, 0 * w, q)
-    gap = _inner(w, gradient) - jnp.min(gradient, where=mask, initial=jnp.inf)
-    size = _inner(w, jnp.abs(Q) @ w + jnp.abs(q))
+    sizes = jnp.abs(Q) @ w + jnp.abs(q)
+    size = _inner(w, sizes)
+    gap = gradient - _inner(w, gradient)
+    descent = jnp.max(jnp.where(mask, -gap, 0) / _positive(sizes + size))
+    slack = _inner(w, jnp.abs(gap)) / _positive(size)
     outside = jnp.sum(jnp.abs(jnp.where(mask, jnp.minimum(w, 0), w)))
-    return jnp.abs(gap) / _positive(size) + jnp.abs(jnp.sum(w) - 1) + outside
+    return descent + slack + jnp.abs(jnp.sum(w) - 1) + outside
 
 
 def simplex_cone_program_residual(
@@ -353,7 +362,7 @@ def fairness_residual(
     target = jnp.where(a > 0, p * jnp.where(a > 0, a, 1) ** (-1 / alpha), 0)
     size = jnp.abs(gram) @ a + target
     violation = jnp.abs(_dot(gram, a, 0 * a, -target))
-    return jnp.max(jnp.where(a > 0, violation / _positive(size), 0))
+    return _inner(a, violation) / _positive(_inner(a, size))
 
 
 def pinv_solve_residual(gram: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
@@ -393,7 +402,12 @@ def _two_sum(a, b):
 
 
 def _dot(Q, x_high, x_low, start):
-    """Computes ``start + Q @ (x_high + x_low)`` to about 3/2 the working precision.
+    """Computes ``start + Q @ (x_high + x_low)`` without cancellation."""
+    return sum(_dot_pair(Q, x_high, x_low, start))
+
+
+def _dot_pair(Q, x_high, x_low, start):
+    """As ``_dot``, as a sum of two numbers, to 3/2 the working precision or more.
 
     Halves of the numbers have products without rounding errors, which are summed in
     pairs. Where gradients nearly cancel, the working precision is not enough.
@@ -412,7 +426,7 @@ def _dot(Q, x_high, x_low, start):
     pairs = (Q1 * x1, Q1 * x2 + Q2 * x1 + Q2 * x2 + Q * x_low)
     high, low = lax.reduce(pairs, (zero, zero), add, (Q.ndim - 1,))
     high, error = _two_sum(high, start)
-    return high + (low + error)
+    return high, low + error
 
 
 def _inner(u, v):
@@ -505,11 +519,12 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
 
     def body(carry):
         x, x_low, free, ridge, full_steps, _, count = carry
-        r = -_dot(Q, x, x_low, -q)
-        Qx = q - r
-        reduced = r
-        if on_simplex:
-            reduced = r - a * _inner(r, x)
+        high, low = _dot_pair(Q, x, x_low, -q)
+        Qx = q + (high + low)
+        reduced = -(high + low)
+        if on_simplex:  # The common level is much larger than the differences.
+            reduced = -(high - a * _inner(high, x) + low)
+            reduced = reduced - a * _inner(reduced, x)
         # Free the variable of steepest descent, if this is a minimiser of the face.
         on_face = jnp.max(jnp.abs(reduced), where=free, initial=0)
         noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
