@@ -198,6 +198,8 @@ def start(
     network = model.SimGCD(preset, shape, split.num_classes, dtype, config.seed)
     nnx.update(network.backbone, backbone)
     _, params, rest = nnx.split(network, _trains(config), ...)
+    # A copy, since the state is donated to each step and the reference stays.
+    params = jax.tree.map(jnp.copy, params)
     z = in_batches(
         lambda x: experiment.before(backbone, x), split.images[split.labelled]
     )
@@ -213,9 +215,7 @@ def start(
         optimizer=optimizer_state,
         coordinator=optax_mtl.EAGCState(energy),
     )
-    # A copy, since the training state is donated to each step.
-    reference = jax.tree.map(jnp.copy, backbone)
-    return state, Frozen(reference, rest, conceptor, jax.random.key(config.seed))
+    return state, Frozen(backbone, rest, conceptor, jax.random.key(config.seed))
 
 
 def make_experiment(config: Config, split: data.Split) -> Experiment:
