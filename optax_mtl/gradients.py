@@ -134,7 +134,8 @@ def value_and_grad(
       The entries of the Gram matrix have the precision of the model's own forward
       pass: compute losses in float32, and mind ``jax_default_matmul_precision``.
       Under :func:`jax.shard_map`, average the losses over the devices inside
-      ``losses_fn``.
+      ``losses_fn``. On a CPU, XLA runs the backward pass of a convolution much
+      slower inside a loop, which this mode is: prefer ``mode="stacked"`` there.
     """
     if mode not in ("gram", "stacked"):
         raise ValueError(f"mode should be 'gram' or 'stacked', not {mode!r}")
@@ -158,15 +159,8 @@ def value_and_grad(
                     " probably has a jax.custom_vjp; use mode='stacked'"
                 ) from error
             column = lambda grads: tasks.stack_losses(push(grads[0]), None)
-            if len(vector) <= _MAX_WRITTEN_OUT:
-                gram = jnp.stack(
-                    [
-                        column(_pull_back_one(push_forward, primals, losses, task))
-                        for task in range(len(vector))
-                    ]
-                )
-            else:
-                gram = jax.lax.map(lambda c: column(pull_back(c)), _basis(losses))
+            # A loop, since written out XLA would hold the gradients of all tasks.
+            gram = jax.lax.map(lambda c: column(pull_back(c)), _basis(losses))
             return (gram + gram.T) / 2
 
         view = tasks.GramView(len(vector), compute_gram)
@@ -325,24 +319,17 @@ def _basis(losses):
     return list(basis) if isinstance(losses, list) else basis
 
 
-def _pull_back_one(push_forward, primals, losses, task):
-    """Gradients of one loss with respect to all arguments."""
-    if isinstance(losses, list):
-        # Transposed by itself, so that only the head of this task is traversed.
-        pull_back = jax.linear_transpose(lambda *t: push_forward(*t)[task], *primals)
-        return pull_back(jnp.ones_like(losses[task]))
-    return jax.linear_transpose(push_forward, *primals)(_basis(losses)[task])
-
-
 def _pull_back_each(push_forward, primals, losses):
     """Stacked gradients of all losses with respect to all arguments."""
-    if isinstance(losses, list):
-        rows = [
-            _pull_back_one(push_forward, primals, losses, task)
-            for task in range(len(losses))
-        ]
-        return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
-    return jax.vmap(jax.linear_transpose(push_forward, *primals))(_basis(losses))
+    basis = _basis(losses)
+    if not isinstance(losses, list):
+        return jax.vmap(jax.linear_transpose(push_forward, *primals))(basis)
+    rows = []
+    for task in range(len(losses)):
+        # Transposed by itself, so that only the head of this task is traversed.
+        one = lambda *tangents, task=task: push_forward(*tangents)[task]
+        rows.append(jax.linear_transpose(one, *primals)(basis[task][task]))
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
 
 
 def stack_task_losses(losses: Any) -> jax.Array:
