@@ -212,17 +212,19 @@ def fairness(
         change = scale * jax.scipy.linalg.cho_solve((L, True), scale * r)
         decrement = _inner(r, change)
 
-        # Halve the step until the slope along it is no longer steeply upwards.
-        def overshoots(step):
-            new = a * (1 + step * change)
-            slope = _inner((gradient(new, a_low) - target(new)) / new, a * change)
-            return (slope > decrement / 2) & (step > 1e-4)
+        # Halve the step until it descends, and is not steeply upwards at its end.
+        def moves(step):
+            return jnp.maximum(step * change, -0.99)
 
-        shrink = jnp.max(-change)
-        step = jnp.where(shrink > 0.99, 0.99 / shrink, 1)
-        step = lax.while_loop(overshoots, lambda t: t / 2, step)
+        def overshoots(step):
+            move = moves(step)
+            new = a * (1 + move)
+            slope = _inner((gradient(new, a_low) - target(new)) / new, a * move)
+            return ~(2 * slope <= _inner(r, move)) & (step > 1e-6)
+
+        step = lax.while_loop(overshoots, lambda t: t / 2, jnp.ones_like(alpha))
         tolerance = 64 * eps**2 * (1 + alpha) * jnp.sum(b)
-        new, new_low = _two_sum(a, a * (step * change) + a_low)
+        new, new_low = _two_sum(a, a * moves(step) + a_low)
         new = jnp.maximum(new, 1e-30 * a0)  # No underflow.
         # The factorisation fails when the weights diverge: keep the last.
         solved = jnp.all(jnp.isfinite(new))

@@ -257,7 +257,7 @@ def test_projection_on_the_simplex():
     np.testing.assert_allclose(w, [0.5, 0.5, 0])
 
 
-@pytest.mark.parametrize("size, rank", [(3, 1), (4, 2), (16, 5), (64, 20)])
+@pytest.mark.parametrize("size, rank", [(5, 1), (5, 2), (16, 5), (32, 9)])
 def test_dependent_gradients(size, rank):
     """Duplicates and more tasks than parameters, of integers: no rounding errors."""
     rng = np.random.default_rng(size)
@@ -293,8 +293,8 @@ def test_dependent_gradients(size, rank):
 
 def test_pareto_stationary_gradients():
     """A convex combination vanishes: zero directions, and finite weights."""
-    gradients = np.array([[2, 1], [-4, -2], [1, -3], [-1, 3]], np.float32)
-    gram, ones = gradients @ gradients.T, np.ones(4, np.float32)
+    gradients = np.array([[2, 1], [-4, -2], [1, -3], [-1, 3], [1, 1]], np.float32)
+    gram, ones = gradients @ gradients.T, np.ones(5, np.float32)
     length = np.sqrt(gram.diagonal()).sum()
     cone_program = simplex_cone_program(gram, gram.mean(1), 10.0)
     solutions = [simplex_qp(gram), dual_cone(gram, ones), cone_program]
@@ -328,25 +328,28 @@ def test_scale_of_the_gradients_does_not_matter():
 
 def test_absent_tasks():
     """Zero rows change nothing for the others."""
-    gram = make_gram(np.random.default_rng(0), "conflicting", 3, np.float32)
-    present = np.array([True, False, True, True])
-    padded = np.zeros((4, 4), np.float32)
+    gram = make_gram(np.random.default_rng(0), "conflicting", 5, np.float32)
+    present = np.arange(16) % 3 == 1
+    padded = np.zeros((16, 16), np.float32)
     padded[np.ix_(present, present)] = gram
-    same = lambda x, y: np.testing.assert_allclose(
-        x, np.insert(y, 1, 0), rtol=1e-5, atol=1e-6
-    )
+
+    def same(x, y):
+        np.testing.assert_allclose(x[present], y, rtol=1e-5, atol=1e-6)
+        assert not np.any(x[~present])
+
     ones = present.astype(np.float32)
     same(simplex_qp(padded, None, present), simplex_qp(gram))
     same(dual_cone(padded, ones), dual_cone(gram, ones[present]))
     same(nonnegative_qp(padded, ones), nonnegative_qp(gram, ones[present]))
     same(solvers.fairness(padded, 2.0), solvers.fairness(gram, 2.0))
-    b = gram.mean(1)
-    w = simplex_cone_program(padded, np.insert(b, 1, 0), 1.0, present)
-    same(w, simplex_cone_program(gram, b, 1.0))
-    a = solvers.fairness(padded + np.eye(4, dtype=np.float32), 1.0, mask=present)
-    same(a, solvers.fairness(gram + np.eye(3, dtype=np.float32), 1.0))
+    w = simplex_cone_program(padded, padded.mean(1), 1.0, present)
+    same(w, simplex_cone_program(gram, padded.mean(1)[present], 1.0))
+    a = solvers.fairness(padded + np.eye(16, dtype=np.float32), 1.0, mask=present)
+    same(a, solvers.fairness(gram + np.eye(5, dtype=np.float32), 1.0))
 
-    nothing = np.zeros((4, 4), np.float32)
+
+def test_no_gradients():
+    nothing, ones = np.zeros((5, 5), np.float32), np.ones(5, np.float32)
     assert not np.any(solvers.normalize_gram(nothing)[0])
     assert not np.any(solvers.fairness(nothing, 1.0))
     assert not np.any(nonnegative_qp(nothing, ones))
@@ -367,7 +370,7 @@ def test_one_task():
     assert solvers.pinv(gram) == 0.25
 
 
-@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("size", [5, 16])
 def test_nan_in_gives_nan_out(size):
     gram = np.eye(size, dtype=np.float32)
     gram[0, 1] = gram[1, 0] = np.nan
@@ -386,13 +389,11 @@ def test_nan_in_gives_nan_out(size):
         assert np.all(np.isnan(solution))
 
 
-def test_128_tasks_in_transformations():
-    """vmap, scan and jit; the trace does not grow with the number of tasks."""
+def test_128_tasks():
+    """The trace does not grow with the number of tasks."""
     gram = make_gram(np.random.default_rng(0), "conflicting", 128, np.float32)
     lower = jnp.eye(128)[:3]
     v = jax.jit(jax.vmap(solvers.dual_cone, (None, 0)))(gram, lower)
-    _, scanned = jax.lax.scan(lambda _, x: (_, dual_cone(gram, x)), 0, lower)
-    np.testing.assert_allclose(v, scanned, rtol=1e-5, atol=1e-6)
     for i in range(3):
         assert dual_cone_residual(gram, lower[i], v[i]) < 1e-6
     w = simplex_qp(gram)
@@ -413,9 +414,9 @@ def test_128_tasks_in_transformations():
 
 
 def test_residuals_see_wrong_solutions():
-    gram = make_gram(np.random.default_rng(0), "conflicting", 4, np.float32)
-    ones = np.ones(4, np.float32)
-    wrong = np.array([0.7, 0.1, 0.1, 0.1], np.float32)
+    gram = make_gram(np.random.default_rng(0), "conflicting", 5, np.float32)
+    ones = np.ones(5, np.float32)
+    wrong = np.array([0.6, 0.1, 0.1, 0.1, 0.1], np.float32)
     assert simplex_qp_residual(gram, wrong) > 1e-2
     assert simplex_qp_residual(gram, 2 * simplex_qp(gram)) > 0.5
     assert simplex_cone_program_residual(gram, ones, 1.0, wrong) > 1e-2
