@@ -1,4 +1,11 @@
-"""Solvers of the small problems in one variable per task behind the methods."""
+"""Solvers of the small problems in one variable per task behind the methods.
+
+They are exact up to rounding errors, also for nearly dependent and badly scaled
+gradients, indifferent to the scale of the Gram matrix (there is no need to normalise
+it), and finite where the solution is not unique. NaN in gives NaN out. Each has a
+residual: the largest violation of its optimality conditions, relative to the terms in
+them.
+"""
 
 import functools
 
@@ -29,6 +36,10 @@ def project_simplex(v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
     Returns:
       The nearest weights; those outside the mask are zero.
+
+    Examples:
+      >>> print(project_simplex(jnp.array([0.5, 2.0, 1.5])))
+      [0.   0.75 0.25]
     """
     mask = jnp.ones(v.shape, bool) if mask is None else mask
     # Shifting by the largest entry changes nothing, and keeps small gaps exact.
@@ -50,6 +61,11 @@ def nonnegative_qp(Q: jax.Array, q: jax.Array) -> jax.Array:
 
     Returns:
       A minimiser, of shape (T,); large and finite if there is none.
+
+    Examples:
+      >>> Q = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+      >>> print(nonnegative_qp(Q, jnp.array([1.0, -1.0])))
+      [0.5 0. ]
     """
     Q, q = _compute(Q, q)
     return _active_set(Q, q, jnp.zeros_like(q))
@@ -67,6 +83,11 @@ def simplex_qp(
 
     Returns:
       Weights that are not negative and sum to one, of shape (T,).
+
+    Examples:
+      >>> gram = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> print(jnp.array_str(simplex_qp(gram), precision=4))
+      [0.6 0.4]
     """
     q = jnp.zeros(len(Q), Q.dtype) if q is None else q
     Q, q = _compute(Q, q)
@@ -87,6 +108,11 @@ def dual_cone(gram: jax.Array, lower: jax.Array) -> jax.Array:
 
     Returns:
       Weights of the projection, of shape (T,).
+
+    Examples:
+      >>> gram = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> print(jnp.array_str(dual_cone(gram, jnp.array([1.0, 0.0])), precision=4))
+      [1.     0.5789]
     """
     gram, lower = _compute(gram, lower)
     return _active_set(gram, jnp.zeros_like(lower), lower)
@@ -109,6 +135,12 @@ def simplex_cone_program(
 
     Returns:
       Weights that are not negative and sum to one, of shape (T,).
+
+    Examples:
+      >>> gram = jnp.array([[1.0, 0.0], [0.0, 4.0]])
+      >>> w = simplex_cone_program(gram, jnp.zeros(2), 1.0)
+      >>> print(jnp.array_str(w, precision=4))
+      [0.8 0.2]
     """
     gram, b = _compute(gram, b)
     eps = jnp.finfo(gram.dtype).eps
@@ -149,7 +181,7 @@ def simplex_cone_program(
     z = _inner(w, _dot(M, w, zero, zero)) / c2
     w, G = solve(z, w)
     low, high = eps**4 / c2, jnp.max(jnp.diagonal(M)) / c2
-    carry = (w, z, G, z, G, low, high, jnp.array(True), 0)
+    carry = _vary(jnp.isfinite(G), (w, z, G, z, G, low, high, True, 0))
     w, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 60), body, carry)
     return w
 
@@ -177,6 +209,11 @@ def fairness(
       The weights, of shape (T,), zero for tasks that take no part. There are none if
       a convex combination of the gradients vanishes; the weights returned are then
       large and finite, and their combination is small.
+
+    Examples:
+      >>> gram = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> print(jnp.array_str(fairness(gram, 1.0), precision=4))
+      [0.5915 0.4071]
     """
     p = jnp.ones(len(gram), gram.dtype) if preference is None else preference
     M, p = _compute(gram, p)
@@ -234,10 +271,10 @@ def fairness(
 
     ratio = jnp.where(active, p / _positive(jnp.diagonal(M)), 1)
     a0 = ratio**power
-    carry = (a0, 0 * a0, jnp.array(True), 0)
+    finite = jnp.all(jnp.isfinite(M)) & jnp.all(jnp.isfinite(p * alpha))
+    carry = _vary(finite, (a0, 0 * a0, True, 0))
     a, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 60), body, carry)
     a = jnp.where(active, a * unit_a, 0)
-    finite = jnp.all(jnp.isfinite(gram)) & jnp.all(jnp.isfinite(p))
     return jnp.where(finite, a, jnp.nan)
 
 
@@ -252,6 +289,11 @@ def pinv(gram: jax.Array) -> jax.Array:
 
     Returns:
       Its pseudo-inverse, of shape (T, T).
+
+    Examples:
+      >>> print(jnp.array_str(pinv(jnp.ones((2, 2))), precision=4))
+      [[0.25 0.25]
+       [0.25 0.25]]
     """
     (gram,) = _compute(gram)
     inverse, vectors, _ = _eigen(gram)
@@ -267,6 +309,11 @@ def pinv_solve(gram: jax.Array, b: jax.Array) -> jax.Array:
 
     Returns:
       The least-squares solution of least norm of ``gram @ x = b``, of shape (T,).
+
+    Examples:
+      >>> x = pinv_solve(jnp.ones((2, 2)), jnp.array([1.0, 3.0]))
+      >>> print(jnp.array_str(x, precision=4))
+      [1. 1.]
     """
     gram, b = _compute(gram, b)
     inverse, vectors, null = _eigen(gram)
@@ -390,6 +437,11 @@ def _positive(x):
     return jnp.where(x == 0, 1, x)
 
 
+def _vary(data, carry):
+    """Lets a carry vary over the mesh axes of the data, for shard_map."""
+    return jax.tree.map(lambda x: jnp.where(data, x, x), carry)
+
+
 def _compute(*arrays):
     """Casts to the common dtype, float32 at least."""
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
@@ -474,6 +526,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         values = jnp.where(allowed, jnp.diagonal(Q) / (2 * a * a) - q / a, jnp.inf)
         best = jnp.arange(size) == jnp.argmin(values)
         first = jnp.where(best, 1 / a, 0)
+    finite = jnp.all(jnp.isfinite(Q)) & jnp.all(jnp.isfinite(q + lower + first))
     normal = a / jnp.max(a, where=allowed, initial=0)  # Adds a multiple of (a'x-1)^2.
     K = Q + jnp.outer(normal, normal) if on_simplex else Q
     identity = jnp.eye(size, dtype=Q.dtype)
@@ -513,7 +566,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         _, x, *_ = lax.while_loop(
             lambda c: (c[2] > 0) & (c[3] > 0) & (c[4] < 20),
             exchange,
-            (free, lower, size + 1, 3, 0),
+            _vary(finite, (free, lower, size + 1, 3, 0)),
         )
         guess = jnp.maximum(x, lower)
         guess = guess / _inner(a, guess) if on_simplex else guess
@@ -558,8 +611,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
 
     free = allowed & (first > lower)
     ridge = jnp.asarray(4 * eps, Q.dtype)
-    carry = (first, 0 * first, free, ridge, 1, jnp.all(jnp.isfinite(Q)), 0)
+    carry = _vary(finite, (first, 0 * first, free, ridge, 1, finite, 0))
     x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 4 * size + 20), body, carry)
     x = jnp.maximum(x, lower) * scale
-    finite = jnp.all(jnp.isfinite(Q)) & jnp.all(jnp.isfinite(q))
     return jnp.where(finite, x, jnp.nan)

@@ -17,7 +17,7 @@ import scipy.optimize
 from optax_mtl import solvers
 
 SIZES = [("float32", size) for size in (2, 3, 5, 10, 16, 32, 64)]
-SIZES += [("float64", size) for size in (2, 5, 16, 64)]
+SIZES += [("float64", size) for size in (5, 16, 64)]
 FEW_SIZES = [("float32", size) for size in (2, 5, 16, 32)]
 FEW_SIZES += [("float64", size) for size in (5, 16)]
 KINDS = ["random", "conflicting", "barely independent", "nearly dependent"]
@@ -33,7 +33,9 @@ nonnegative_qp_residual = jax.jit(solvers.nonnegative_qp_residual)
 simplex_qp_residual = jax.jit(solvers.simplex_qp_residual)
 simplex_cone_program_residual = jax.jit(solvers.simplex_cone_program_residual)
 fairness_residual = jax.jit(solvers.fairness_residual)
-pinv_solve = jax.jit(solvers.pinv_solve)
+pinv, pinv_solve = jax.jit(solvers.pinv), jax.jit(solvers.pinv_solve)
+pinv_residual = jax.jit(solvers.pinv_residual)
+pinv_solve_residual = jax.jit(solvers.pinv_solve_residual)
 
 
 def precision(dtype):
@@ -207,26 +209,26 @@ def test_pseudo_inverse(dtype, size):
         for kind in ("random", "conflicting", "barely independent", "scales 1.5"):
             gram = make_gram(rng, kind, size, dtype)
             exact = np.linalg.pinv(np.float64(gram), size * eps, hermitian=True)
-            inverse = solvers.pinv(gram)
+            inverse = pinv(gram)
             condition = np.linalg.cond(gram)
             error = np.abs(inverse - exact).max() / np.abs(exact).max()
             assert error < size * eps * condition
-            assert solvers.pinv_residual(gram, inverse) < size * eps * condition
+            assert pinv_residual(gram, inverse) < size * eps * condition
             if condition < 0.1 / (size * eps):  # Far from what counts as singular.
                 b = np.sqrt(gram.diagonal())
                 x = pinv_solve(gram, b)
                 assert close(gram, x, exact @ np.float64(b), tolerance), kind
-                assert solvers.pinv_solve_residual(gram, b, x) < tolerance
+                assert pinv_solve_residual(gram, b, x) < tolerance
 
 
 def test_pseudo_inverse_of_singular_matrices():
     gradients = np.array([[1, 2, 3], [2, 4, 6], [0, 1, 1], [1, 1, 2]], np.float32)
     gram, b = gradients @ gradients.T, np.array([1, 2, 3, 4], np.float32)
     exact = np.linalg.pinv(np.float64(gram), hermitian=True)
-    np.testing.assert_allclose(solvers.pinv(gram), exact, atol=2e-6)
-    np.testing.assert_allclose(solvers.pinv_solve(gram, b), exact @ b, atol=2e-6)
-    assert not np.any(solvers.pinv(0 * gram))
-    assert not np.any(solvers.pinv_solve(0 * gram, b))
+    np.testing.assert_allclose(pinv(gram), exact, atol=2e-6)
+    np.testing.assert_allclose(pinv_solve(gram, b), exact @ b, atol=2e-6)
+    assert not np.any(pinv(0 * gram))
+    assert not np.any(pinv_solve(0 * gram, b))
 
 
 def test_golden_values():
@@ -367,7 +369,7 @@ def test_one_task():
     assert simplex_cone_program(gram, one, 0.5) == 1
     np.testing.assert_allclose(solvers.fairness(gram, 1.0), [0.5], rtol=1e-6)
     np.testing.assert_allclose(solvers.fairness(gram, 2.0), [4 ** (-2 / 3)], rtol=1e-6)
-    assert solvers.pinv(gram) == 0.25
+    assert pinv(gram) == 0.25
 
 
 @pytest.mark.parametrize("size", [5, 16])
@@ -381,7 +383,7 @@ def test_nan_in_gives_nan_out(size):
         nonnegative_qp(gram, ones),
         solvers.fairness(gram, 1.0),
         simplex_cone_program(gram, ones, 1.0),
-        solvers.pinv_solve(gram, ones),
+        pinv_solve(gram, ones),
         dual_cone(np.eye(size, dtype=np.float32), ones * np.nan),
         nonnegative_qp(np.eye(size, dtype=np.float32), ones * np.nan),
         simplex_qp(np.eye(size, dtype=np.float32), ones * np.nan),
@@ -413,6 +415,24 @@ def test_128_tasks():
         assert length(function, 128) <= 1.1 * length(function, 16)
 
 
+def test_solvers_inside_shard_map():
+    """On gradients that differ from device to device."""
+    gram = make_gram(np.random.default_rng(0), "conflicting", 10, np.float32)
+
+    def solve(gram):
+        b = gram.mean(1)
+        w = [simplex_qp(gram), dual_cone(gram, b), solvers.fairness(gram, 1.0)]
+        return jnp.stack([*w, simplex_cone_program(gram, b, 1.0)])
+
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    grams = np.concatenate([gram, np.eye(10, dtype=np.float32)])
+    sharded = jax.shard_map(solve, mesh=mesh, in_specs=spec, out_specs=spec)
+    solutions = jax.jit(sharded)(grams)
+    expected = jnp.concatenate([solve(grams[:10]), solve(grams[10:])])
+    np.testing.assert_allclose(solutions, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_residuals_see_wrong_solutions():
     gram = make_gram(np.random.default_rng(0), "conflicting", 5, np.float32)
     ones = np.ones(5, np.float32)
@@ -423,5 +443,5 @@ def test_residuals_see_wrong_solutions():
     assert nonnegative_qp_residual(gram, ones, wrong) > 1e-2
     assert dual_cone_residual(gram, ones, ones - wrong) > 1e-2
     assert fairness_residual(gram, 1.0, wrong) > 1e-2
-    assert solvers.pinv_residual(gram, 1.1 * solvers.pinv(gram)) > 1e-2
-    assert solvers.pinv_solve_residual(gram, ones, wrong) > 1e-3
+    assert pinv_residual(gram, 1.1 * pinv(gram)) > 1e-2
+    assert pinv_solve_residual(gram, ones, wrong) > 1e-3
