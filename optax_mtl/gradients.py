@@ -238,13 +238,13 @@ def value_and_grad_at_features(
       >>> import jax.numpy as jnp
       >>> import optax_mtl
       >>> trunk_fn = lambda params, x: x * params["trunk"]
-      >>> heads_fn = lambda params, z, x: ((z * params["head"] - 1) ** 2).mean(axis=0)
+      >>> heads_fn = lambda params, z, x: jnp.mean((z * params["head"] - 1) ** 2, 0)
       >>> fn = optax_mtl.value_and_grad_at_features(
       ...     trunk_fn, heads_fn, optax_mtl.mean()
       ... )
-      >>> params = {"trunk": jnp.array(1.0), "head": jnp.array([1.0, 2.0])}
+      >>> params = {"trunk": jnp.array(1.0), "head": jnp.array([[1.0, 2.0]])}
       >>> losses, grads, state = fn(params, (), jnp.array([[1.0], [2.0]]))
-      >>> print(losses, grads["trunk"], grads["head"])
+      >>> print(losses, grads["trunk"], grads["head"][0])
       [0.5 5. ] 8.0 [2. 7.]
 
     References:

@@ -83,14 +83,14 @@ def cagrad_weights(
     Returns:
       Array of shape ``(T,)``.
     """
-    gram, _ = solvers.normalize_gram(gram)  # The weights do not depend on scale.
     radius = c * jnp.sqrt(jnp.maximum(average @ gram @ average, 0))
     # The dual problem: the direction is sought in the hull of the task gradients.
     exists = tasks.present(gram)
     hull = solvers.simplex_cone_program(gram, gram @ average, radius, exists)
     norm_squared = hull @ gram @ hull
     # A hull that contains the origin has nothing to add (Pareto stationary).
-    nothing = norm_squared <= len(gram) * jnp.finfo(gram.dtype).eps
+    terms = hull**2 @ jnp.diagonal(gram)
+    nothing = norm_squared <= len(gram) * jnp.finfo(gram.dtype).eps * terms
     return average + jnp.where(
         nothing, 0, radius / jnp.sqrt(jnp.where(nothing, 1, norm_squared)) * hull
     )

@@ -96,7 +96,7 @@ def config_weights(
     exists = tasks.present(gram)
     norms = jnp.sqrt(jnp.diagonal(gram))
     unit_gram = tasks.cosine_similarity(gram)
-    inverse = solvers.pinv(unit_gram) @ preference
+    inverse = solvers.pinv_solve(unit_gram, preference)
     norm_squared = preference @ inverse
     noise = len(gram) * jnp.finfo(gram.dtype).eps * (preference @ preference)
     vanishes = norm_squared <= noise

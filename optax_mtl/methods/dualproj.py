@@ -60,5 +60,4 @@ def dualproj_weights(gram: jax.Array, preference: jax.Array) -> jax.Array:
     Returns:
       Array of shape ``(T,)``.
     """
-    gram, _ = solvers.normalize_gram(gram)
     return solvers.dual_cone(gram, preference)

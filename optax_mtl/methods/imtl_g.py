@@ -59,12 +59,12 @@ def imtl_g_weights(gram: jax.Array, strict_paper: bool = False) -> jax.Array:
     gram, _ = solvers.normalize_gram(gram)
     norms = jnp.sqrt(jnp.diagonal(gram))
     if strict_paper:
-        v = solvers.pinv(gram) @ norms
+        v = solvers.pinv_solve(gram, norms)
         return v / jnp.where(v.sum() == 0, 1, v.sum())
     exists = tasks.present(gram)
     # Cosines: a pseudo-inverse in float32 would drop gradients 1000 times shorter.
     ones = exists.astype(gram.dtype)
-    v = solvers.pinv(tasks.cosine_similarity(gram)) @ ones
+    v = solvers.pinv_solve(tasks.cosine_similarity(gram), ones)
     # Opposite gradients: only rounding errors have a positive projection on both.
     vanishes = ones @ v <= len(gram) * jnp.finfo(gram.dtype).eps * ones.sum()
     v = jnp.where(vanishes, 0, v)

@@ -106,7 +106,6 @@ def mgda_weights(gram: jax.Array, factors: jax.Array | None = None) -> jax.Array
     """
     if factors is not None:
         gram = gram * jnp.outer(factors, factors)
-    gram, _ = solvers.normalize_gram(gram)
     return solvers.simplex_qp(gram, mask=tasks.present(gram))
 
 

@@ -66,7 +66,6 @@ def upgrad_weights(gram: jax.Array, preference: jax.Array) -> jax.Array:
     Returns:
       Array of shape ``(T,)``.
     """
-    gram, _ = solvers.normalize_gram(gram)
     project = jax.vmap(lambda lower: solvers.dual_cone(gram, lower))
     # Row i: the projected gradient of task i, in terms of the gradients.
     return preference @ project(jnp.eye(len(gram), dtype=gram.dtype))
