@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optax_mtl
+from benchmarks import toy
 from optax_mtl.methods.sam_gs import magnitude_similarity
 
 
@@ -117,20 +118,7 @@ def test_absent_task_takes_no_part_and_keeps_its_momentum():
         np.testing.assert_array_equal(old, new)
 
 
-def toy_losses(x):
-    """The one-optimum problem of the paper; signs as in the authors' code."""
-    a, b = x
-    f1 = jnp.log(jnp.maximum(jnp.abs(0.5 * (-a - 7) - jnp.tanh(-b)), 5e-6)) + 6
-    f2 = jnp.log(jnp.maximum(jnp.abs(0.5 * (-a + 3) + jnp.tanh(-b) + 2), 5e-6)) + 6
-    c1 = jnp.maximum(jnp.tanh(b / 2), 0)
-    c2 = jnp.maximum(jnp.tanh(-b / 2), 0)
-    q1 = ((-a + 7) ** 2 + 0.1 * (-b - 8) ** 2) / 10 - 20
-    q2 = ((-a - 7) ** 2 + 0.1 * (-b - 8) ** 2) / 10 - 20
-    return jnp.array([f1 * c1 + q1 * c2, f2 * c1 + q2 * c2])
-
-
 def test_reaches_the_optimum_of_the_toy_problem_from_all_seven_starts():
-    starts = [(-8, 5), (-3, 7.5), (0, 10), (3, 7.5), (8, 5), (-10, -3), (10, -3)]
     tx = optax.chain(
         optax_mtl.sam_gs(2, scale_by_num_tasks=True),
         optax.clip_by_global_norm(1.0),
@@ -139,14 +127,14 @@ def test_reaches_the_optimum_of_the_toy_problem_from_all_seven_starts():
 
     def step(carry, _):
         params, state = carry
-        updates, state = tx.update(jax.jacrev(toy_losses)(params), state)
+        updates, state = tx.update(jax.jacrev(toy.toy_losses)(params), state)
         return (optax.apply_updates(params, updates), state), None
 
     @jax.jit
     @jax.vmap
     def descend(start):
         (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=26_000)
-        return toy_losses(params).sum()
+        return toy.toy_losses(params).sum()
 
-    sums = descend(jnp.array(starts, jnp.float32))
+    sums = descend(jnp.array(toy.STARTS, jnp.float32))
     assert np.all(sums < -30.1), sums  # The best is -30.18.
