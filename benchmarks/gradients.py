@@ -258,7 +258,8 @@ def plot(results, path: pathlib.Path) -> None:
         column[1].minorticks_off()
     axes[0, 0].set_ylabel("time / plain sum's step")
     axes[1, 0].set_ylabel("temporary memory, MB")
-    axes[0, 0].legend(fontsize="small", frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
