@@ -209,21 +209,13 @@ def fairness(
       The weights, of shape (T,), zero for tasks that take no part. There are none if
       a convex combination of the gradients vanishes; the weights returned are then
       large and finite, and their combination is small.
-
-    Examples:
-      >>> gram = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> print(jnp.array_str(fairness(gram, 1.0), precision=4))
-      [0.5915 0.4071]
     """
     p = jnp.ones(len(gram), gram.dtype) if preference is None else preference
     M, p = _compute(gram, p)
     eps = jnp.finfo(M.dtype).eps
     alpha = jnp.asarray(alpha, M.dtype)
-    # Units of M and a without rounding errors; the rest of the scale goes into p.
     unit = _power_of_two(_positive(jnp.trace(M)))
-    power = alpha / (1 + alpha)
-    unit_a = _power_of_two(unit**-power)
-    M, p = M / unit, p * (unit_a * unit**power) ** (-1 / power)
+    M = M / unit
     active = (jnp.diagonal(M) > 0) & (p > 0)
     active = active if mask is None else active & mask
     both = jnp.outer(active, active)
@@ -232,16 +224,16 @@ def fairness(
 
     # Newton's method on the convex a'Ma / 2 - sum p a^(1 - 1/alpha) / (1 - 1/alpha),
     # for the relative change of a. Exact at once for orthogonal gradients.
-    def gradient(a, a_low):
-        return jnp.where(active, a * _dot(M, a, a_low, 0 * a), 0)
+    def gradient(a):
+        return jnp.where(active, a * (_dot(M, a, 0 * a, 0 * a)), 0)
 
     def target(a):
         return jnp.where(active, p * a ** (1 - 1 / alpha), 0)
 
     def body(carry):
-        a, a_low, _, count = carry
+        a, _, count = carry
         b = target(a)
-        r = b - gradient(a, a_low)
+        r = b - gradient(a)
         H = jnp.outer(a, a) * M + jnp.diag(b / alpha)
         scale = 1 / jnp.sqrt(jnp.where(active, jnp.diagonal(H), 1))
         H = jnp.where(both, jnp.outer(scale, scale) * H, identity)
@@ -249,33 +241,29 @@ def fairness(
         change = scale * jax.scipy.linalg.cho_solve((L, True), scale * r)
         decrement = _inner(r, change)
 
-        # Halve the step until it descends, and is not steeply upwards at its end.
-        def moves(step):
-            return jnp.maximum(step * change, -0.99)
-
+        # Halve the step until the slope along it is no longer steeply upwards.
         def overshoots(step):
-            move = moves(step)
-            new = a * (1 + move)
-            slope = _inner((gradient(new, a_low) - target(new)) / new, a * move)
-            return ~(2 * slope <= _inner(r, move)) & (step > 1e-6)
+            new = a * (1 + step * change)
+            slope = _inner((gradient(new) - target(new)) / new, a * change)
+            return (slope > decrement / 2) & (step > 1e-4)
 
-        step = lax.while_loop(overshoots, lambda t: t / 2, jnp.ones_like(alpha))
+        shrink = jnp.max(-change)
+        step = jnp.where(shrink > 0.99, 0.99 / shrink, 1)
+        step = lax.while_loop(overshoots, lambda t: t / 2, step)
         tolerance = 64 * eps**2 * (1 + alpha) * jnp.sum(b)
-        new, new_low = _two_sum(a, a * moves(step) + a_low)
-        new = jnp.maximum(new, 1e-30 * a0)  # No underflow.
+        new = a * (1 + step * change)
         # The factorisation fails when the weights diverge: keep the last.
         solved = jnp.all(jnp.isfinite(new))
         going = solved & (decrement > tolerance) & jnp.all(new < a0 / eps)
-        new, new_low = jnp.where(solved, new, a), jnp.where(solved, new_low, 0)
-        return new, new_low, going, count + 1
+        new = jnp.where(solved, new, a)
+        return new, going, count + 1
 
     ratio = jnp.where(active, p / _positive(jnp.diagonal(M)), 1)
-    a0 = ratio**power
-    finite = jnp.all(jnp.isfinite(M)) & jnp.all(jnp.isfinite(p * alpha))
-    carry = _vary(finite, (a0, 0 * a0, True, 0))
-    a, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 60), body, carry)
-    a = jnp.where(active, a * unit_a, 0)
-    return jnp.where(finite, a, jnp.nan)
+    a0 = ratio ** (alpha / (1 + alpha))
+    carry = _vary(jnp.all(jnp.isfinite(a0)), (a0, True, 0))
+    a, *_ = lax.while_loop(lambda c: c[1] & (c[2] < 60), body, carry)
+    a = jnp.where(active, a * unit ** (-alpha / (1 + alpha)), 0)
+    return jnp.where(jnp.all(jnp.isfinite(gram)), a, jnp.nan)
 
 
 def pinv(gram: jax.Array) -> jax.Array:
