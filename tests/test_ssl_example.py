@@ -2,12 +2,16 @@
 
 import csv
 import json
+import sys
+from functools import partial
+from types import SimpleNamespace
 
 import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from skimage.metrics import structural_similarity
 
 from examples.ssl import config as config_lib
@@ -32,12 +36,17 @@ def file(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def tiny_encoders(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def tiny_encoders():
+    """Two encoders that compile quickly; without XLA's optimizations, all does."""
     mobile = model.MobileNet(stem=4, rows=((3, 8, 8, True, True, 2),), width=8)
     convnext = model.ConvNeXt(widths=(4,), depths=(1,), kernel=3)
-    monkeypatch.setitem(model.ENCODERS, "mobile", mobile)
-    monkeypatch.setitem(model.ENCODERS, "convnext", convnext)
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.ENCODERS, "mobile", mobile)
+        patch.setitem(model.ENCODERS, "convnext", convnext)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _log(folder):
@@ -52,18 +61,34 @@ def _checkpoint(folder, step):
     return manager.restore((folder / "checkpoints" / str(step) / "default").absolute())
 
 
-def test_stochastic_gcond_resumes_bit_for_bit(file, tmp_path, monkeypatch):
-    arguments = [*SMALL, "--data", file, "--encoder", "convnext"]
-    arguments += ["--decoder-depth", "1"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    results = train.main([*arguments, "--out", str(whole)])
-    assert 0 < results["l1"] < 3 and 0 < results["ssim"] < 2
-    for name in ("curves.png", "reconstructions.png", "results.json"):
-        assert (whole / name).stat().st_size > 0
+@pytest.fixture(scope="module")
+def gcond_run(file, tiny_encoders, tmp_path_factory):
+    """Flags and folder of a run of stochastic GCond."""
+    flags = [*SMALL, "--data", file, "--encoder", "convnext"]
+    flags += ["--decoder-depth", "1", "--dropout", "0.1"]
+    folder = tmp_path_factory.mktemp("gcond")
+    train.main([*flags, "--out", str(folder)])
+    return flags, folder
 
-    # Interrupted at step 3, after the checkpoint of step 2.
+
+def test_what_a_run_leaves(gcond_run):
+    _, folder = gcond_run
+    results = json.loads((folder / "results.json").read_text())
+    assert 0 < results["l1"] < 3 and 0 < results["ssim"] < 2
+    for name in ("curves.png", "reconstructions.png"):
+        assert (folder / name).stat().st_size > 0
+    rows = _log(folder)
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert {"l1", "ssim", "cosine", "conflicts", "winner"} < rows[0].keys()
+    assert rows[1]["valid_ssim"] and not rows[0]["valid_ssim"]
+
+
+def test_resumes_bit_for_bit(gcond_run, tmp_path, monkeypatch):
+    flags, whole = gcond_run
+    flags = [*flags, "--out", str(tmp_path)]
     draw = data.draw
 
+    # Interrupted at step 3, after the checkpoint of step 2.
     def interrupted(images, step, *rest):
         if step == 3:
             raise KeyboardInterrupt
@@ -71,53 +96,76 @@ def test_stochastic_gcond_resumes_bit_for_bit(file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.main([*arguments, "--out", str(parts)])
+        train.main(flags)
     monkeypatch.setattr(data, "draw", draw)
     with pytest.raises(FileExistsError, match="step 2: continue it with --resume"):
-        train.main([*arguments, "--out", str(parts)])
+        train.main(flags)
     with pytest.raises(ValueError, match="method 'gcond', not 'pcgrad'"):
-        train.main([*arguments, "--out", str(parts), "--resume", "--method", "pcgrad"])
-    train.main([*arguments, "--out", str(parts), "--resume"])
-    assert _log(parts) == _log(whole)
+        train.main([*flags, "--resume", "--method", "pcgrad"])
+    train.main([*flags, "--resume"])
+    assert _log(tmp_path) == _log(whole)
     jax.tree.map(
-        np.testing.assert_array_equal, _checkpoint(parts, 4), _checkpoint(whole, 4)
+        np.testing.assert_array_equal, _checkpoint(tmp_path, 4), _checkpoint(whole, 4)
     )
 
-    rows = _log(whole)
-    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert {"l1", "ssim", "cosine", "conflicts", "winner"} < rows[0].keys()
-    assert rows[1]["valid_ssim"] and not rows[0]["valid_ssim"]
+
+class Board:
+    """Stands for TensorBoard's writer."""
+
+    def __init__(self, folder, purge_step):
+        self.purge_step, self.scalars, self.closed = purge_step, {}, False
+        Board.last = self
+
+    def add_scalar(self, name, value, step):
+        self.scalars[name, step] = value
+
+    def close(self):
+        self.closed = True
 
 
-def test_exact_mode_with_a_third_task_and_batch_norm(file, tmp_path):
+def test_exact_mode_with_a_third_task_in_evaluation_mode(file, tmp_path, monkeypatch):
+    tensorboard = SimpleNamespace(SummaryWriter=Board)
+    monkeypatch.setitem(sys.modules, "tensorboardX", tensorboard)
     results = train.main(
         [
             *SMALL,
             *("--data", file, "--encoder", "mobile", "--method", "cagrad"),
             *("--mode", "exact", "--third-task", "contrastive", "--steps", "2"),
-            *("--momentum", "0", "--dropout", "0.1", "--bfloat16"),
-            *("--out", str(tmp_path)),
+            *("--momentum", "0", "--bfloat16", "--evaluation-mode"),
+            *("--tensorboard", "--out", str(tmp_path)),
         ]
     )
     assert results.keys() == {"contrastive", "l1", "ssim", "images_per_second"}
     statistics = _checkpoint(tmp_path, 2)["statistics"]
-    means = [x for x in jax.tree.leaves(statistics) if not (x == 1).all()]
+    for value in jax.tree.leaves(statistics):  # Means and variances as at the start.
+        assert np.isin(value, [0, 1]).all()
+    row = _log(tmp_path)[1]
+    assert Board.last.scalars["l1", 2] == pytest.approx(float(row["l1"]), 1e-4)
+    assert Board.last.purge_step == 1 and Board.last.closed
+
+
+def test_two_devices_do_what_one_does(file, tmp_path):
+    logs, statistics = [], []
+    for devices in ("1", "2"):
+        out = tmp_path / devices
+        flags = ["--data", file, "--encoder", "mobile", "--method", "sum"]
+        flags += ["--third-task", "classification", "--steps", "2"]
+        flags += ["--eval-images", "5"]  # They do not split over two devices.
+        train.main([*SMALL, *flags, "--devices", devices, "--out", str(out)])
+        logs.append(_log(out))
+        statistics.append(_checkpoint(out, 2)["statistics"])
+    for one, two in zip(*logs, strict=True):
+        values = lambda row: [float(x or 0) for x in row.values()]
+        np.testing.assert_allclose(values(two), values(one), rtol=1e-3)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *statistics)
+    means = [x for x in jax.tree.leaves(statistics[0]) if not (x == 1).all()]
     assert any((x != 0).any() for x in means)  # Batch norm has learned.
 
 
-def test_the_sum_on_two_devices_is_the_sum_on_one(file, tmp_path):
-    results = []
-    for devices in ("1", "2"):
-        out = tmp_path / devices
-        arguments = ["--data", file, "--encoder", "convnext", "--method", "sum"]
-        train.main(
-            [*SMALL, *arguments, "--devices", devices, "--steps", "2"]
-            + ["--out", str(out)]
-        )
-        results.append(json.loads((out / "results.json").read_text()))
-    one, two = results
-    assert one["l1"] == pytest.approx(two["l1"], rel=1e-3)
-    assert one["ssim"] == pytest.approx(two["ssim"], rel=1e-3)
+def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match="pip install"):
+        train._tensorboard(tmp_path, 0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -174,13 +222,29 @@ def test_patches_and_back():
     np.testing.assert_array_equal(model.from_patches(patches, 8, 4), images)
 
 
-def test_full_size_encoders_have_the_stride_of_their_patch():
-    for name, patch in {"mobilenet_v3_small": 32, "convnext_v2_base": 32}.items():
-        assert model.ENCODERS[name].patch == patch
+# Parameters without the classifier of 1000 classes: torchvision's 2,542,856 and, for
+# ConvNeXt-V2, the authors' 28,635,496.
+@pytest.mark.parametrize(
+    "name, encoder, count",
+    [
+        ("mobilenet_v3_small", model._MobileNet, 2_542_856 - 590_848 - 1_025_000),
+        ("convnext_v2_tiny", model._ConvNeXt, 28_635_496 - 769_000),
+    ],
+)
+def test_published_encoders_have_their_size(name, encoder, count):
+    preset = model.ENCODERS[name]
+    make = lambda: encoder(preset, 3, jnp.float32, nnx.Rngs(0))
+    params = nnx.state(nnx.eval_shape(make), nnx.Param)
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+    assert preset.patch == 32
+
+
+def test_the_stride_of_an_encoder_is_its_patch():
     config = config_lib.parse(["--encoder", "mobilenet_v3_small", "--image-size", "64"])
 
     def encode(images):
-        network = model.MaskedAutoencoder(config, 3, 2, np.zeros(3), np.ones(3))
+        statistics = np.zeros(3), np.ones(3)
+        network = model.MaskedAutoencoder(config, 3, 2, *statistics, nnx.Rngs(0))
         return network(images, jnp.ones((1, 4), bool))
 
     patches, pooled = jax.eval_shape(encode, jnp.zeros((1, 64, 64, 3)))
@@ -209,9 +273,19 @@ def test_a_folder_of_images(tmp_path):
         + ["--micro-batches", "2"]
     )
     images = data.load(config)
-    assert images.train.shape == (2, 16, 16, 3) and images.valid.shape[0] == 1
-    brightness = images.train.mean((1, 2, 3))
+    assert images.train[:].shape == (2, 16, 16, 3) and len(images.valid) == 1
+    again = images.train[np.array([1, 0, 1])]
+    np.testing.assert_array_equal(again, images.train[:][[1, 0, 1]])
+    brightness = images.train[:].mean((1, 2, 3))
     np.testing.assert_array_equal(images.train_labels, brightness > 100)
+
+    # Without folders in it there are no classes.
+    photos = [*arguments[:1], str(tmp_path / "a"), "--valid-share", "0.5"]
+    photos += ["--batch-size", "1", "--micro-batches", "1", "--method", "sum"]
+    assert data.load(config_lib.parse(photos)).num_classes == 1
+    (tmp_path / "a" / "1.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="not an image"):
+        data.Photos(np.array([tmp_path / "a" / "1.png"]), 16)[:1]
 
 
 @pytest.mark.parametrize(
@@ -220,10 +294,12 @@ def test_a_folder_of_images(tmp_path):
         (["--mask-ratio", "1"], "--mask-ratio 1.0: expected between 0 and 1"),
         (["--mask-ratio", "0"], "between 0 and 1"),
         (["--mask-ratio", "0.01"], "hides none or all"),
-        (["--image-size", "20"], "multiple of the patch of convnext_atto, 8"),
+        (["--image-size", "20"], "multiple of the patch of convnext_micro, 8"),
         (["--encoder", "resnet"], "known are mobilenet_v3_tiny"),
         (["--method", "pgrad"], "there is no method 'pgrad'"),
         (["--mode", "random"], "exact or stochastic"),
+        (["--micro-batches", "0"], "--micro-batches 0: expected more than 0"),
+        (["--third-task", "labels"], "expected none, contrastive or classification"),
         (["--micro-batches", "3"], "does not split"),
         (
             ["--third-task", "contrastive", "--batch-size", "128"],
@@ -259,6 +335,12 @@ def test_bad_data(tmp_path):
         np.savez(file, **arrays)
         with pytest.raises(ValueError, match=message):
             load("--data", str(file))
-    file.write_text("not an archive")
-    with pytest.raises(ValueError, match="not an NPZ file"):
-        load("--data", str(file))
+    whole = file.read_bytes()
+    for broken in (b"not an archive", whole[: len(whole) // 2]):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match="not an NPZ file"):
+            load("--data", str(file))
+    np.savez(file, x=np.zeros((20, 8, 8), np.uint8))
+    few = ["--image-size", "8", "--batch-size", "9", "--micro-batches", "3"]
+    with pytest.raises(ValueError, match="all images have the same label"):
+        load("--data", str(file), *few, "--third-task", "classification")

@@ -26,7 +26,7 @@ class Config:
     valid_share: float = 0.1
 
     # Model.
-    encoder: str = "convnext_atto"  # A name in model.ENCODERS.
+    encoder: str = "convnext_micro"  # A name in model.ENCODERS.
     mask_ratio: float = 0.75
     decoder_width: int = 64
     decoder_depth: int = 2
@@ -56,6 +56,10 @@ class Config:
     eval_images: int = 512
 
 
+POSITIVE = ["image_size", "batch_size", "micro_batches", "steps", "eval_every"]
+POSITIVE += ["eval_images", "l1_weight", "ssim_weight", "third_weight", "clip"]
+
+
 def parse(arguments: list[str] | None = None) -> Config:
     """Reads a :class:`Config` from the command line."""
     parser = argparse.ArgumentParser(
@@ -75,6 +79,10 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 def check(config: Config) -> None:
     """Raises ValueError for settings that cannot work, before any work is done."""
+    for name in POSITIVE:
+        if getattr(config, name) <= 0:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(config, name)}: expected more than 0")
     if not 0 < config.mask_ratio < 1:
         raise ValueError(f"--mask-ratio {config.mask_ratio}: expected between 0 and 1")
     if config.mode not in ("exact", "stochastic"):

@@ -1,6 +1,9 @@
 """Images: patches of natural photos by default, a file or a folder on request."""
 
+import concurrent.futures
+import functools
 import pathlib
+import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,13 +15,43 @@ from examples.ssl.config import Config
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
+class Photos:
+    """Image files as an array of squares, each of them read when it is asked for."""
+
+    def __init__(self, files: np.ndarray, size: int, memory: int = 4 * 2**30):
+        self.files, self.size = files, size
+        # Those read last stay in memory, as far as they fit.
+        read = functools.lru_cache(maxsize=memory // (3 * size**2))
+        self._read = read(self._read_file)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(self._read, self.files[rows])))
+
+    def _read_file(self, file):
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(file) as image:
+                return np.array(ImageOps.fit(image.convert("RGB"), (self.size,) * 2))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"--image-folder: {file} is not an image") from error
+
+
 class Images(NamedTuple):
     """Training and validation images, uint8 of shape `(N, H, W, C)`."""
 
-    train: np.ndarray
-    valid: np.ndarray
+    train: np.ndarray | Photos
+    valid: np.ndarray | Photos
     train_labels: np.ndarray
     valid_labels: np.ndarray
+
+    @property
+    def channels(self) -> int:
+        return self.train[:1].shape[-1]
 
     @property
     def num_classes(self) -> int:
@@ -45,8 +78,7 @@ def load(config: Config) -> Images:
         images, labels = _load_file(pathlib.Path(config.data))
         images = _resize(images, config.image_size)
     elif config.image_folder:
-        folder = pathlib.Path(config.image_folder)
-        images, labels = _load_folder(folder, config.image_size)
+        images, labels = _find_photos(pathlib.Path(config.image_folder))
     else:
         images, labels = _cut_photos(config.image_size)
     order = np.random.default_rng(0).permutation(len(images))
@@ -63,7 +95,12 @@ def load(config: Config) -> Images:
             f"--batch-size {config.batch_size} is more than the {len(train)} images "
             "to train on"
         )
-    return Images(images[train], images[valid], labels[train], labels[valid])
+    parts = images[train], images[valid]
+    if config.image_folder:
+        parts = tuple(Photos(files, config.image_size) for files in parts)
+    if config.third_task == "classification" and labels.max() == 0:
+        raise ValueError("--third-task classification: all images have the same label")
+    return Images(*parts, labels[train], labels[valid])
 
 
 def draw(images: Images, step: int, num_patches: int, config: Config) -> Batch:
@@ -124,13 +161,13 @@ def _load_file(path):
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: no such file")
     try:
-        arrays = np.load(path)
-        names = set(arrays.files)
-    except (ValueError, OSError, AttributeError) as error:
+        with path.open("rb") as file:
+            arrays = dict(np.load(file).items())
+    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"--data {path}: not an NPZ file of arrays") from error
-    name = next((x for x in ("x", "x_train", "images") if x in names), None)
+    name = next((x for x in ("x", "x_train", "images") if x in arrays), None)
     if name is None:
-        raise ValueError(f"--data {path}: expected images in x, found {sorted(names)}")
+        raise ValueError(f"--data {path}: expected images in x, found {sorted(arrays)}")
     images = arrays[name]
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(
@@ -139,31 +176,26 @@ def _load_file(path):
         )
     if images.ndim == 3:
         images = images[..., None]
-    label = next((x for x in ("y", "y_train", "label", "labels") if x in names), None)
+    label = next((x for x in ("y", "y_train", "label", "labels") if x in arrays), None)
     labels = arrays[label] if label else np.zeros(len(images), np.int32)
     if labels.shape != (len(images),):
         raise ValueError(
             f"--data {path}: expected one label for each of the {len(images)} images "
             f"in {label}, found shape {labels.shape}"
         )
+    _, labels = np.unique(labels, return_inverse=True)
     return images, labels.astype(np.int32)
 
 
-def _load_folder(folder, size):
-    from PIL import Image, ImageOps
-
+def _find_photos(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"--image-folder {folder}: no such folder")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
     if not files:
         raise ValueError(f"--image-folder {folder}: no images in it")
-    images = []
-    for file in files:
-        with Image.open(file) as image:
-            images.append(np.array(ImageOps.fit(image.convert("RGB"), (size, size))))
-    classes = [file.relative_to(folder).parts[0] for file in files]
+    classes = [str(file.relative_to(folder).parent.parts[:1]) for file in files]
     _, labels = np.unique(classes, return_inverse=True)
-    return np.stack(images), labels.astype(np.int32)
+    return np.array(files, object), labels.astype(np.int32)
 
 
 def _resize(images, size):

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from examples.ssl.config import Config
-from examples.ssl.data import Batch
+from examples.ssl.data import Batch, Images
 
 
 class MobileNet(NamedTuple):
@@ -70,8 +70,8 @@ ENCODERS: dict[str, MobileNet | ConvNeXt] = {
         ),
         width=576,
     ),
-    "convnext_atto": ConvNeXt((24, 48), (1, 2)),
-    "convnext_femto": ConvNeXt((48, 96), (2, 6)),
+    "convnext_micro": ConvNeXt((24, 48), (1, 2)),
+    "convnext_mini": ConvNeXt((48, 96), (2, 6)),
     "convnext_v2_tiny": ConvNeXt((96, 192, 384, 768), (3, 3, 9, 3)),
     "convnext_v2_base": ConvNeXt((128, 256, 512, 1024), (3, 3, 27, 3)),
 }
@@ -87,9 +87,9 @@ class MaskedAutoencoder(nnx.Module):
         num_classes: int,
         mean: np.ndarray,
         std: np.ndarray,
+        rngs: nnx.Rngs,
     ):
         preset = ENCODERS[config.encoder]
-        rngs = nnx.Rngs(config.seed)
         dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
         self.patch = preset.patch
         self.num_masked = num_masked(config)
@@ -160,8 +160,8 @@ class MaskedAutoencoder(nnx.Module):
             losses["contrastive"] = contrastive_loss(*views)
         return losses
 
-    def reconstruct(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Images in [0, 1] of a batch: original, without what is hidden, predicted."""
+    def reconstruct(self, batch: Batch) -> dict[str, jax.Array]:
+        """Images in [0, 1] of a batch: what the model sees, makes, and should make."""
         pixels, images, mean, std = self._normalize(batch)
         mask = self._mask(jnp.argsort(batch.noise[:, 0], axis=1))
         patches, _ = self(images, mask)
@@ -170,7 +170,11 @@ class MaskedAutoencoder(nnx.Module):
         original, hidden = to_patches(pixels, self.patch), mask[..., None]
         whole = lambda x: from_patches(x, images.shape[1], self.patch)
         seen = jnp.where(hidden, 0.5, original)
-        return pixels, whole(seen), whole(jnp.where(hidden, predicted, original))
+        return {
+            "seen": whole(seen),
+            "reconstructed": whole(jnp.where(hidden, predicted, original)),
+            "original": pixels,
+        }
 
     def _normalize(self, batch):
         mean, std = (jnp.array(x).reshape(1, 1, 1, -1) for x in self.statistics)
@@ -181,6 +185,17 @@ class MaskedAutoencoder(nnx.Module):
         rows = jnp.arange(len(order))[:, None]
         mask = jnp.zeros(order.shape, bool)
         return mask.at[rows, order[:, : self.num_masked]].set(True)
+
+
+def make(config: Config, images: Images) -> MaskedAutoencoder:
+    """A new model of the images, compiled once for all seeds."""
+    settings = (config, images.channels, images.num_classes, *images.statistics())
+
+    @nnx.jit
+    def from_key(key):
+        return MaskedAutoencoder(*settings, nnx.Rngs(key))
+
+    return from_key(jax.random.key(config.seed))
 
 
 def num_patches(config: Config) -> int:
@@ -248,9 +263,9 @@ def contrastive_loss(a: jax.Array, b: jax.Array, temperature: float = 0.2) -> ja
     return (entropy(scores, labels) + entropy(scores.T, labels)).mean() / 2
 
 
-def _conv(width, out, kernel, stride, depthwise, dtype, rngs):
+def _conv(width, out, kernel, stride, depthwise, use_bias, dtype, rngs):
     if kernel == stride == 1:
-        return nnx.Linear(width, out, dtype=dtype, rngs=rngs)
+        return nnx.Linear(width, out, use_bias=use_bias, dtype=dtype, rngs=rngs)
     by_shifts = depthwise and jax.default_backend() == "cpu"
     return nnx.Conv(
         width,
@@ -262,6 +277,7 @@ def _conv(width, out, kernel, stride, depthwise, dtype, rngs):
         conv_general_dilated=_shift_and_add
         if by_shifts
         else jax.lax.conv_general_dilated,
+        use_bias=use_bias,
         dtype=dtype,
         rngs=rngs,
     )
@@ -315,15 +331,15 @@ class _InvertedResidual(nnx.Module):
         width, expanded, out = widths
         self.activation = activation
         self.skip = stride == 1 and width == out
-        self.expand = _ConvNorm(width, expanded, 1, 1, False, dtype, rngs)
-        self.depthwise = _ConvNorm(
-            expanded, expanded, kernel, stride, True, dtype, rngs
-        )
+        norm = lambda *sizes: _ConvNorm(*sizes, dtype, rngs)
+        wider = expanded != width
+        self.expand = norm(width, expanded, 1, 1, False) if wider else None
+        self.depthwise = norm(expanded, expanded, kernel, stride, True)
         self.squeeze = _Squeeze(expanded, dtype, rngs) if squeeze else None
-        self.project = _ConvNorm(expanded, out, 1, 1, False, dtype, rngs)
+        self.project = norm(expanded, out, 1, 1, False)
 
     def __call__(self, x, train):
-        y = self.activation(self.expand(x, train))
+        y = x if self.expand is None else self.activation(self.expand(x, train))
         y = self.activation(self.depthwise(y, train))
         if self.squeeze is not None:
             y = self.squeeze(y)
@@ -333,7 +349,7 @@ class _InvertedResidual(nnx.Module):
 
 class _ConvNorm(nnx.Module):
     def __init__(self, width, out, kernel, stride, depthwise, dtype, rngs):
-        self.conv = _conv(width, out, kernel, stride, depthwise, dtype, rngs)
+        self.conv = _conv(width, out, kernel, stride, depthwise, False, dtype, rngs)
         self.norm = nnx.BatchNorm(out, momentum=0.9, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, train):
@@ -344,8 +360,9 @@ class _Squeeze(nnx.Module):
     """Squeeze and excitation: a gate for each channel."""
 
     def __init__(self, width, dtype, rngs):
-        self.reduce = nnx.Linear(width, max(width // 4, 8), dtype=dtype, rngs=rngs)
-        self.expand = nnx.Linear(max(width // 4, 8), width, dtype=dtype, rngs=rngs)
+        quarter = max((width // 4 + 4) // 8 * 8, 8)  # The nearest multiple of 8.
+        self.reduce = nnx.Linear(width, quarter, dtype=dtype, rngs=rngs)
+        self.expand = nnx.Linear(quarter, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         gate = jax.nn.relu(self.reduce(x.mean((1, 2), keepdims=True)))
@@ -356,9 +373,9 @@ class _ConvNeXt(nnx.Module):
     def __init__(self, preset, channels, dtype, rngs):
         layers, width, stride = [], channels, preset.stem
         for out, depth in zip(preset.widths, preset.depths, strict=True):
-            if width != channels:
-                layers.append(nnx.LayerNorm(width, dtype=dtype, rngs=rngs))
-            layers.append(_Downsample(width, out, stride, dtype, rngs))
+            norm = nnx.LayerNorm(width if layers else out, dtype=dtype, rngs=rngs)
+            shrink = _Downsample(width, out, stride, dtype, rngs)
+            layers += [norm, shrink] if layers else [shrink, norm]
             layers += [
                 _ConvNeXtBlock(out, preset.kernel, dtype, rngs) for _ in range(depth)
             ]
@@ -388,7 +405,7 @@ class _Downsample(nnx.Module):
 
 class _ConvNeXtBlock(nnx.Module):
     def __init__(self, width, kernel, dtype, rngs):
-        self.depthwise = _conv(width, width, kernel, 1, True, dtype, rngs)
+        self.depthwise = _conv(width, width, kernel, 1, True, True, dtype, rngs)
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.expand = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.scale = nnx.Param(jnp.zeros(4 * width))

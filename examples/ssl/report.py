@@ -2,9 +2,12 @@
 
 import csv
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+TITLES = {"l1": "L1", "ssim": "1 - SSIM", "cosine": "smallest cosine of two tasks"}
 
 
 class Log:
@@ -49,9 +52,9 @@ def plot_curves(folder: pathlib.Path, tasks: list[str], title: str) -> None:
                 alpha = 0.5 if style == "-" else 1
                 label = "validation" if style == "o-" else "training"
                 axis.plot(*zip(*points), style, ms=3, alpha=alpha, label=label)
-        axis.set(xlabel="step", title=name)
+        axis.set(xlabel="step", title=TITLES.get(name, name))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set(title="smallest cosine of two tasks", ylim=(-1.05, 1.05))
+    axes[-1].set(ylim=(-1.05, 1.05))
     axes[-1].axhline(0, color="gray", lw=0.5)
     axes[0].legend(frameon=False)
     figure.suptitle(title)
@@ -61,24 +64,22 @@ def plot_curves(folder: pathlib.Path, tasks: list[str], title: str) -> None:
 
 
 def plot_reconstructions(
-    folder: pathlib.Path,
-    images: np.ndarray,
-    masked: np.ndarray,
-    predicted: np.ndarray,
-    title: str,
+    folder: pathlib.Path, rows: Mapping[str, Any], title: str, columns: int = 10
 ) -> None:
-    """Rows of images in [0, 1]: what the model sees, what it makes, what was there."""
+    """Rows of images in [0, 1], each with its name on the left."""
     import matplotlib.pyplot as plt
 
-    rows = {"seen": masked, "reconstructed": predicted, "original": images}
-    figure, axes = plt.subplots(3, len(images), figsize=(len(images), 3.4))
+    columns = min(columns, *map(len, rows.values()))
+    size = (columns + 1.2, len(rows) + 0.3)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
+        for axis, picture in zip(line, pictures):
             picture = np.clip(picture, 0, 1)
             axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, "gray")
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, fontsize=7)
-    figure.suptitle(title, fontsize=9)
+        place = {"rotation": 0, "ha": "right", "va": "center"}
+        line[0].set_ylabel(name.replace(", ", ",\n"), **place)
+    figure.suptitle(title)
     figure.tight_layout(pad=0.3)
     figure.savefig(folder / "reconstructions.png", dpi=120)
     plt.close(figure)

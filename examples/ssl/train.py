@@ -43,7 +43,7 @@ class Experiment(NamedTuple):
     init: Callable[[], State]
     step: Callable[..., tuple[State, dict[str, jax.Array]]]  # State and batch.
     evaluate: Callable[..., dict[str, jax.Array]]  # State and batch.
-    reconstruct: Callable[..., Any]  # State and batch.
+    reconstruct: Callable[..., dict[str, jax.Array]]  # State and batch.
     place: Callable[[data.Batch], data.Batch]  # A batch on the devices.
     tasks: list[str]
 
@@ -57,34 +57,41 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     experiment = make_experiment(config, images)
     folder = pathlib.Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    checkpoints = (folder / "checkpoints").absolute()
-    with ocp.CheckpointManager(checkpoints, options=options) as saved:
+    with open_checkpoints(folder) as saved:
         start = saved.latest_step() or 0
         _check_folder(folder, config, start)
-        state = experiment.init()
-        if start:
-            state = saved.restore(start, args=ocp.args.StandardRestore(state))
+        state = restore(saved, experiment.init())
         state, speed = fit(config, experiment, images, state, start, folder, saved)
 
     title = f"{config.method}, {config.mode}" if config.method != "sum" else "sum"
     report.plot_curves(folder, experiment.tasks, title)
     batch = next(data.validation(images, num_patches, config))
     pictures = experiment.reconstruct(state, experiment.place(batch))
-    report.plot_reconstructions(folder, *(x[:10] for x in pictures), title)
+    report.plot_reconstructions(folder, pictures, title)
     results = validate(config, experiment, images, state) | speed
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(", ".join(f"{name} {value:.4g}" for name, value in results.items()))
     return results
 
 
+def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
+    """The last checkpoints of the run in a folder."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+
+def restore(saved: ocp.CheckpointManager, fresh: State) -> State:
+    """The newest state, or the fresh one if none has been saved."""
+    if saved.latest_step() is None:
+        return fresh
+    return saved.restore(saved.latest_step(), args=ocp.args.StandardRestore(fresh))
+
+
 def make_experiment(config: Config, images: data.Images) -> Experiment:
     """Makes the functions of a run, compiled when they are first called."""
     replicated, split = _devices(config)
     tx = make_optimizer(config, num_tasks=2 + (config.third_task != "none"))
-    network = model.MaskedAutoencoder(
-        config, images.train.shape[-1], images.num_classes, *images.statistics()
-    )
+    network = model.make(config, images)
     graph, params, statistics, rest = nnx.split(
         network, nnx.Param, nnx.BatchStat, nnx.Variable
     )
@@ -150,9 +157,10 @@ def make_experiment(config: Config, images: data.Images) -> Experiment:
         state = State(*fresh, jax.jit(tx.init)(params))
         return jax.device_put(state, replicated)
 
-    place = lambda batch: jax.device_put(
-        batch, data.Batch(split, split, split, replicated)
-    )
+    def place(batch):
+        rows = split if len(batch.images) % split.mesh.size == 0 else replicated
+        return jax.device_put(batch, data.Batch(rows, rows, rows, replicated))
+
     return Experiment(init, step, evaluate, reconstruct, place, tasks)
 
 
@@ -162,21 +170,27 @@ def make_optimizer(config: Config, num_tasks: int) -> optax.GradientTransformati
         method = optax_mtl.linear()
     else:
         method = optax_mtl.get(config.method, num_tasks)
-    schedule = optax.warmup_cosine_decay_schedule(
+    rise_and_fall = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=config.learning_rate,
+        peak_value=1.0,
         warmup_steps=config.warmup_steps,
         decay_steps=config.steps,
-        end_value=config.final_learning_rate,
     )
-    adamw = functools.partial(
-        optax.adamw, schedule, b2=0.95, weight_decay=config.weight_decay
+
+    # The peak is a number in the state: a search of it compiles once.
+    @optax.inject_hyperparams
+    def adamw(peak):
+        least = config.final_learning_rate
+        schedule = lambda step: least + (peak - least) * rise_and_fall(step)
+        b1 = 0.0 if config.momentum else 0.9
+        return optax.adamw(schedule, b1, b2=0.95, weight_decay=config.weight_decay)
+
+    return optax.chain(
+        method,
+        optax.clip_by_global_norm(config.clip),
+        optax.ema(config.momentum) if config.momentum else optax.identity(),
+        adamw(config.learning_rate),
     )
-    if config.momentum:
-        rest = [optax.ema(config.momentum), adamw(b1=0.0)]
-    else:
-        rest = [adamw()]
-    return optax.chain(method, optax.clip_by_global_norm(config.clip), *rest)
 
 
 def fit(
@@ -192,8 +206,6 @@ def fit(
     num_patches = model.num_patches(config)
     columns = ["step", *experiment.tasks, "cosine", "conflicts", "winner"]
     columns += [f"valid_{name}" for name in experiment.tasks]
-    log = report.Log(folder / "log.csv", columns, start)
-    board = _tensorboard(folder) if config.tensorboard else None
     steps = tqdm(
         range(start + 1, config.steps + 1),
         desc=config.method,
@@ -203,7 +215,10 @@ def fit(
         disable=not sys.stderr.isatty(),
     )
     seconds, counted = 0.0, 0
-    with contextlib.closing(log):
+    with contextlib.ExitStack() as stack:
+        opened = lambda writer: stack.enter_context(contextlib.closing(writer))
+        board = opened(_tensorboard(folder, start)) if config.tensorboard else None
+        log = opened(report.Log(folder / "log.csv", columns, start))
         for step in steps:
             batch = data.draw(images, step, num_patches, config)
             batch = experiment.place(batch)
@@ -268,7 +283,9 @@ def _check_folder(folder, config, start):
     for name in ("out", "resume", "devices", "tensorboard"):
         del settings[name]
     file = folder / "config.json"
-    if start:
+    if not start:
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+    else:
         if not config.resume:
             raise FileExistsError(
                 f"{folder} holds a run up to step {start}: continue it with --resume, "
@@ -281,15 +298,14 @@ def _check_folder(folder, config, start):
                     f"--resume: the run in {folder} has {name} {old.get(name)!r}, "
                     f"not {value!r}"
                 )
-    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _tensorboard(folder):
+def _tensorboard(folder, start):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError("--tensorboard needs `pip install tensorboardX`") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""The tables of README.md: each way to resolve, with the same search of its rate.
+
+    python -m examples.ssl.measure --data clothing64.npz
+
+makes for each row one run at each learning rate, then one with each of three more
+seeds at the rate with the smallest validation loss; with `--figure`, a figure of what
+the models of the first of these seeds make of ten validation images. Each run has its
+own folder; finished runs are not repeated, and an interrupted one goes on.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+
+import jax
+
+from examples.ssl import config as config_lib
+from examples.ssl import data, model, report, train
+
+ROWS = {  # Flags of each.
+    "sum, AdamW's own momentum": "--method sum --momentum 0",
+    "sum, momentum before AdamW": "--method sum",
+    "PCGrad, exact": "--method pcgrad --mode exact",
+    "CAGrad, exact": "--method cagrad --mode exact",
+    "GradNorm, exact": "--method gradnorm --mode exact",
+    "GCond, exact": "--method gcond --mode exact",
+    "GCond, stochastic": "--method gcond --mode stochastic",
+}
+YARDSTICK = "sum, momentum before AdamW"
+FLAGS = "--steps 150 --batch-size 64 --warmup-steps 15 --eval-every 150"
+FLAGS += " --eval-images 448 --devices 1 --resume"
+RATES = ["1e-3", "2e-3", "4e-3", "8e-3", "16e-3"]
+SEARCH, SEEDS = 0, [1, 2, 3]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="FILE.npz")
+    parser.add_argument("--out", type=pathlib.Path, default="runs/ssl-measure")
+    parser.add_argument("--figure", action="store_true")
+    arguments = parser.parse_args()
+    runs = {}
+    for name in ROWS:
+        settings = lambda rate, seed, name=name: make_flags(
+            arguments.data, arguments.out, name, rate, seed
+        )
+        search = {rate: run(settings(rate, SEARCH)) for rate in RATES}
+        rate = min(search, key=lambda rate: loss(search[rate]))
+        runs[name] = [settings(rate, seed) for seed in SEEDS]
+        for flags in runs[name]:
+            run(flags)
+    if arguments.figure:
+        plot({name: flags[0] for name, flags in runs.items()}, arguments.out)
+    else:
+        print_table({name: list(map(run, flags)) for name, flags in runs.items()})
+
+
+def make_flags(
+    file: str, out: pathlib.Path, name: str, rate: str, seed: int
+) -> list[str]:
+    """The command line of one run."""
+    words = re.findall(r"\w+", f"{pathlib.Path(file).stem} {name} {rate} {seed}")
+    return [
+        *(*FLAGS.split(), *ROWS[name].split(), "--data", file),
+        *("--learning-rate", rate, "--seed", str(seed)),
+        *("--out", str(out / "-".join(words))),
+    ]
+
+
+def run(flags: list[str]) -> dict[str, float]:
+    """Results of a run, which is made first if it has not been."""
+    config = config_lib.parse(flags)
+    folder = pathlib.Path(config.out)
+    if not (folder / "results.json").exists():
+        print(folder.name)
+        train.main(flags)
+        jax.clear_caches()
+    results = json.loads((folder / "results.json").read_text())
+    log = report.read(folder / "log.csv")
+    return results | {
+        "rate": config.learning_rate,
+        "cosine": statistics.fmean(float(row["cosine"] or "nan") for row in log),
+        "conflicts": statistics.fmean(int(row["conflicts"] or 0) > 0 for row in log),
+    }
+
+
+def loss(results: dict[str, float]) -> float:
+    """The validation loss, weighed as in training."""
+    config = config_lib.Config()
+    return config.l1_weight * results["l1"] + config.ssim_weight * results["ssim"]
+
+
+def print_table(runs: dict[str, list[dict[str, float]]]) -> None:
+    """Mean and standard deviation over seeds, in Markdown."""
+    print("| | rate | L1 | difference | 1 - SSIM | difference | cosine | conflicts |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, results in runs.items():
+        cells = [f"{results[0]['rate']:g}"]
+        for key in "l1", "ssim":
+            values = [result[key] for result in results]
+            theirs = [result[key] for result in runs[YARDSTICK]]
+            differences = [a - b for a, b in zip(values, theirs)]
+            cells += [spread(values, ""), spread(differences, "+")]
+        cells += [f"{mean(results, 'cosine'):.2f}"]
+        cells += [f"{100 * mean(results, 'conflicts'):.0f} %"]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def mean(results: list[dict[str, float]], key: str) -> float:
+    return statistics.fmean(result[key] for result in results)
+
+
+def spread(values: list[float], sign: str) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.fmean(values):{sign}.3f} ± {statistics.stdev(values):.3f}"
+
+
+def plot(runs: dict[str, list[str]], out: pathlib.Path) -> None:
+    """What the model of each run makes of the same images."""
+    made = {}
+    for name, flags in runs.items():
+        config = config_lib.parse(flags)
+        images = data.load(config)
+        experiment = train.make_experiment(config, images)
+        with train.open_checkpoints(pathlib.Path(config.out)) as saved:
+            state = train.restore(saved, experiment.init())
+        batch = next(data.validation(images, model.num_patches(config), config))
+        pictures = experiment.reconstruct(state, experiment.place(batch))
+        made[name] = pictures.pop("reconstructed")
+    original = pictures.pop("original")
+    report.plot_reconstructions(out, pictures | made | {"original": original}, "")
+
+
+if __name__ == "__main__":
+    main()
