@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import optax_mtl
 from optax_mtl.methods.gcond import gcond, gcond_coefficients, scale_by_lion_lars
 
 
@@ -22,20 +23,16 @@ def _three_tasks():
 
 
 def _run(gradients, **options):
-    """Updates, their momentum as the authors', and states, step by step."""
+    """Updates and states, step by step."""
     method = gcond(gradients.shape[1], **options)
-    momentum = optax.ema(0.85)
-    params = jnp.zeros(gradients.shape[2:])
-    state, momentum_state = method.init(params), momentum.init(params)
+    state = method.init(jnp.zeros(gradients.shape[2:]))
     step = jax.jit(method.update)
-    outs, smooth, states = [], [], []
+    outs, states = [], []
     for gradient in gradients:
         out, state = step(jnp.asarray(gradient), state)
-        mean, momentum_state = momentum.update(out, momentum_state)
         outs.append(out)
-        smooth.append(mean)
         states.append(state)
-    return np.array(outs), np.array(smooth), states
+    return np.array(outs), states
 
 
 TWO_TASKS = [
@@ -77,25 +74,30 @@ OTHER = {"thresholds": (-0.95, -0.3, 0.1), "power": 1.0}
     ],
 )
 def test_authors_values_of_two_tasks(expected, mode):
-    outs, _, states = _run(_two_tasks(), reference="accumulated", **mode)
+    outs, states = _run(_two_tasks(), reference="accumulated", **mode)
     np.testing.assert_allclose(outs, expected, rtol=1e-4, atol=1e-6)
     assert states[0].arbitration.winners[-1] == 1
     assert float(states[0].arbitration.cosines[0, 1]) == pytest.approx(-0.696463, 1e-5)
 
 
 def test_authors_momentum_of_two_tasks():
-    _, momentum, _ = _run(_two_tasks())
+    outs, _ = _run(_two_tasks())
+    momentum = optax.ema(0.85)
+    state, smooth = momentum.init(jnp.zeros(4)), []
+    for out in outs:
+        mean, state = momentum.update(out, state)
+        smooth.append(mean)
     expected = [
         [0.374689, -1.371349, -1.856575, -0.634874],
         [-0.232349, -1.714826, -1.620699, -0.036509],
     ]
-    np.testing.assert_allclose(momentum[1:], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(smooth[1:], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_authors_values_of_three_tasks():
-    outs, _, _ = _run(_three_tasks(), reference="resolved")
+    outs, _ = _run(_three_tasks(), reference="resolved")
     np.testing.assert_allclose(outs, THREE_TASKS, rtol=1e-4, atol=1e-6)
-    outs, _, _ = _run(_three_tasks(), reference="resolved", smooth=False)
+    outs, _ = _run(_three_tasks(), reference="resolved", smooth=False)
     for step, expected in THREE_TASKS_ZONES.items():
         np.testing.assert_allclose(outs[step], expected, rtol=1e-4, atol=1e-6)
 
@@ -161,7 +163,7 @@ def test_whole_vectors_give_the_same(reference, smooth, window, cap):
     gradients = rng.normal(size=(12, 4, 6)).astype(np.float32)
     gradients += 1.5 * rng.normal(size=(4, 6))  # Every task has a stable part.
     options = {"reference": reference, "smooth": smooth, "dominance_window": window}
-    outs, _, states = _run(
+    outs, states = _run(
         gradients, norm_cap=cap, thresholds=(-0.8, -0.5, 0.2), **options
     )
     walk = _walk(gradients, reference, window, smooth, cap, weak=0.2)
@@ -171,16 +173,45 @@ def test_whole_vectors_give_the_same(reference, smooth, window, cap):
             np.testing.assert_array_equal(state.arbitration.winners, winners)
 
 
+@pytest.mark.parametrize("one_task_each", [False, True])
+def test_accumulated_over_micro_batches(one_task_each):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 2, 3)).astype(np.float32) + np.array([[[1.0], [-1.0]]])
+    params = jnp.zeros(3)
+    halves = lambda params, x: 0.5 * jnp.mean(jnp.sum((params - x) ** 2, -1), 0)
+    losses_fn = lambda params, x: dict(zip("ab", halves(params[None, None], x)))
+
+    # The gradient of a task on a micro-batch, k of four, is the mean of -x.
+    parts = -np.stack([x[k::4].mean(0) for k in range(4)])
+    mean = parts.mean(0)
+    if one_task_each:
+        mean = np.stack([parts[i::2, i].mean(0) for i in range(2)])
+    expected, _ = next(_walk(mean[None], "accumulated", 3, True, np.inf))
+
+    # Inside one step, and call by call.
+    fn = optax_mtl.accumulate_task_grads(losses_fn, 4, one_task_each=one_task_each)
+    method = gcond(2)
+    update, _ = method.update(fn(params, x)[1], method.init(params))
+    np.testing.assert_allclose(update, expected, rtol=1e-4)
+    tx = optax_mtl.multi_steps(gcond(2), 4, 2, one_task_each=one_task_each)
+    state = tx.init(params)
+    for k in range(4):
+        grads = jax.jacrev(halves)(params[None, None], x[k::4])[:, 0, 0]
+        update, state = tx.update(grads[k % 2] if one_task_each else grads, state)
+    np.testing.assert_allclose(update, expected, rtol=1e-4)
+    assert optax.tree.get(state, "arbitration").iterations > 0
+
+
 @pytest.mark.parametrize("window, winners", [(3, [1, 1, 1, 0, 1]), (0, [1] * 5)])
 def test_a_dominating_task_loses(window, winners):
     gradients = np.array([[[1, 0], [-3, 1]]] * 5, np.float32)
-    states = _run(gradients, dominance_window=window)[2]
+    states = _run(gradients, dominance_window=window)[1]
     assert [int(s.arbitration.winners[-1]) for s in states] == winners
 
 
 def test_in_a_critical_conflict_the_winner_stays_as_it_is():
     gradient = np.array([[[1.0, 0.0], [-2.0, 0.2]]], np.float32)
-    out, _, (state,) = _run(gradient)
+    out, (state,) = _run(gradient)
     resolved = state.arbitration.coefficients @ gradient[0]
     np.testing.assert_allclose(resolved[1], gradient[0, 1], rtol=1e-5)
     np.testing.assert_allclose(resolved[0] @ gradient[0, 1], 0, atol=1e-6)
@@ -189,14 +220,14 @@ def test_in_a_critical_conflict_the_winner_stays_as_it_is():
 
 def test_without_a_conflict_the_sum():
     gradient = np.array([[[1.0, 0.5], [0.5, 1.0]]], np.float32)
-    out, _, (state,) = _run(gradient)
+    out, (state,) = _run(gradient)
     np.testing.assert_allclose(out[0], [1.5, 1.5], rtol=1e-6)
     assert state.arbitration.iterations == 0
     np.testing.assert_array_equal(state.arbitration.winners, [-1, -1, -1])
 
 
 def test_equal_thresholds_make_empty_zones():
-    outs, _, _ = _run(_two_tasks(), thresholds=(-0.5, -0.5, -0.5))
+    outs, _ = _run(_two_tasks(), thresholds=(-0.5, -0.5, -0.5))
     assert np.isfinite(outs).all()
     # All that is left is the critical zone: PCGrad's projection of the loser.
     loser, winner = _two_tasks()[0]
@@ -206,7 +237,7 @@ def test_equal_thresholds_make_empty_zones():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_dtype_of_the_last_gradients(dtype):
-    outs, _, states = _run(_two_tasks(), dtype=dtype)
+    outs, states = _run(_two_tasks(), dtype=dtype)
     assert states[-1].previous.dtype == dtype
     assert outs.dtype == np.float32
     np.testing.assert_allclose(outs, TWO_TASKS, rtol=1e-4, atol=1e-6)
@@ -214,9 +245,9 @@ def test_dtype_of_the_last_gradients(dtype):
 
 def test_scale_changes_nothing_but_the_length():
     gradients = _three_tasks()
-    expected, _, _ = _run(gradients)
+    expected, _ = _run(gradients)
     for scale in (1e-12, 1e12):
-        outs, _, _ = _run(gradients * np.float32(scale), dtype=jnp.float16)
+        outs, _ = _run(gradients * np.float32(scale), dtype=jnp.float16)
         np.testing.assert_allclose(outs / scale, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -224,7 +255,7 @@ def test_an_absent_task_takes_no_part():
     gradients = _three_tasks()
     absent = gradients.copy()
     absent[1:3, 1] = 0
-    outs, _, states = _run(absent)
+    outs, states = _run(absent)
     # Its statistics wait: what the first step left is there in the fourth.
     for old, new in zip(
         jax.tree.leaves((states[0].previous[1], states[0].norms[1])),
@@ -235,15 +266,15 @@ def test_an_absent_task_takes_no_part():
     # The other two get what they get alone (from their own first step on).
     first = np.zeros_like(gradients[:, :2])
     first[:] = gradients[:, ::2]
-    pair, _, _ = _run(first[1:3])
+    pair, _ = _run(first[1:3])
     alone = gradients.copy()
     alone[:, 1] = 0
-    outs, _, _ = _run(alone[1:3])
+    outs, _ = _run(alone[1:3])
     np.testing.assert_allclose(outs, pair, rtol=1e-5)
 
 
 def test_nothing_at_all_is_zero():
-    outs, _, states = _run(np.zeros((2, 3, 5), np.float32))
+    outs, states = _run(np.zeros((2, 3, 5), np.float32))
     np.testing.assert_array_equal(outs, 0)
     assert jax.tree.all(jax.tree.map(lambda x: jnp.isfinite(x).all(), states[-1]))
 
@@ -252,15 +283,15 @@ def test_nothing_at_all_is_zero():
 def test_not_a_number_passes_and_leaves_nothing_behind(bad):
     gradients = _three_tasks()
     gradients[1, 2, 0] = bad
-    outs, _, states = _run(gradients)
+    outs, states = _run(gradients)
     assert not np.isfinite(outs[1]).any()
     jax.tree.map(np.testing.assert_array_equal, states[0], states[1])
-    without, _, _ = _run(gradients[[0, 2, 3]])
+    without, _ = _run(gradients[[0, 2, 3]])
     np.testing.assert_array_equal(outs[[0, 2, 3]], without)
 
 
 def test_anti_parallel_gradients():
-    outs, _, _ = _run(np.array([[[1.0, 2.0], [-2.0, -4.0]]], np.float32))
+    outs, _ = _run(np.array([[[1.0, 2.0], [-2.0, -4.0]]], np.float32))
     np.testing.assert_allclose(outs[0], [-2, -4], rtol=1e-5)
 
 
@@ -272,7 +303,7 @@ def test_many_tasks_compile_to_one_loop():
 
     assert operations(64) == operations(4)
     gradients = np.random.default_rng(0).normal(size=(1, 64, 100))
-    outs, _, (state,) = _run(gradients.astype(np.float32))
+    outs, (state,) = _run(gradients.astype(np.float32))
     assert np.isfinite(outs).all() and state.arbitration.iterations > 0
 
 
@@ -281,7 +312,7 @@ def test_measured_in_blocks():
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(2, 3, 300_001)).astype(np.float32)
     gradients += np.array([1, -1, -1], np.float32)[:, None]
-    outs, _, _ = _run(gradients)
+    outs, _ = _run(gradients)
     expected = list(_walk(gradients, "accumulated", 3, True, np.inf))
     np.testing.assert_allclose(outs[1], expected[1][0], rtol=1e-3, atol=1e-3)
 
