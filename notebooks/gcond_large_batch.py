@@ -200,15 +200,15 @@ for name, params in {"sum": sum_params, "gcond": gcond_params}.items():
 # believe it. What the arbiter did is in its state, step by step.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
 left.plot(history.cosines[:, 0, 1], lw=0.7)
 for threshold in (0.0, -0.5, -0.8):
     left.axhline(threshold, color="gray", lw=0.5, ls="--")
-left.set(title="cosine of the two gradients", xlabel="step", ylim=(-1, 1))
+left.set(title="cosine and thresholds", xlabel="step", ylim=(-1, 1))
 wins = [(history.winners[:, -1] == i) & (history.iterations > 0) for i in (0, 1)]
 for task, won in zip(("l1", "ssim"), wins):
     right.plot(jnp.cumsum(won), label=f"{task} won")
-right.set(title="conflicts", xlabel="step")
+right.set(title="conflicts so far", xlabel="step")
 right.legend(frameon=False)
 plt.show()
 
@@ -239,8 +239,9 @@ for count in counts:
     cosines = optax_mtl.cosine_similarity(optax_mtl.gram(both))
     agreement.append([cosines[0, 2], cosines[1, 3]])
 
-plt.figure(figsize=(5, 3))
+plt.figure(figsize=(5, 3), layout="constrained")
 plt.semilogx(counts, agreement, "o-", base=2, label=["l1", "ssim"])
+plt.xticks(counts, counts)
 plt.xlabel("micro-batches")
 plt.title("cosine of one task's gradients on two batches")
 plt.legend(frameon=False)
@@ -260,13 +261,12 @@ def fill(params):
 
 
 rows = {"seen": seen, "sum": fill(sum_params), "gcond": fill(gcond_params)}
-figure, axes = plt.subplots(4, 10, figsize=(10, 4.2))
+figure, axes = plt.subplots(4, 10, figsize=(10, 4.2), layout="constrained")
 for line, (name, images) in zip(axes, (rows | {"original": valid}).items()):
     line[0].set_ylabel(name)
     for axis, image in zip(line, images[::25]):
         axis.imshow(jnp.clip(image, 0, 1))
         axis.set(xticks=[], yticks=[])
-figure.tight_layout()
 plt.show()
 
 # %% [markdown]
