@@ -55,8 +55,9 @@ def cagrad(
       <https://arxiv.org/abs/2110.14048>`_, NeurIPS 2021
 
     .. note::
-      The authors' code further multiplies by T, to match the sum of the losses;
-      chain with :func:`optax.scale` to do so.
+      The authors' code further multiplies by T, to match the sum of the losses, and
+      can divide by ``1 + c`` instead; chain with :func:`optax.scale` to do so. Other
+      implementations return zero, or the average, for very small gradients.
     """
     base.check_range("c", c)
     preference = base.check_preference(preference)
@@ -88,9 +89,10 @@ def cagrad_weights(
     exists = tasks.present(gram)
     hull = solvers.simplex_cone_program(gram, gram @ average, radius, exists)
     norm_squared = hull @ gram @ hull
-    # A hull that contains the origin has nothing to add (Pareto stationary).
+    # If the hull contains the origin (Pareto stationary), no direction is better than
+    # none. A ball without it, c < 1, is then one around a vanishing average, or c is 0.
     terms = hull**2 @ jnp.diagonal(gram)
     nothing = norm_squared <= len(gram) * jnp.finfo(gram.dtype).eps * terms
-    return average + jnp.where(
-        nothing, 0, radius / jnp.sqrt(jnp.where(nothing, 1, norm_squared)) * hull
-    )
+    length = jnp.sqrt(jnp.where(nothing, 1, norm_squared))
+    at_best = average + radius / length * hull
+    return jnp.where(nothing, jnp.where(c < 1, average, 0), at_best)
