@@ -55,6 +55,7 @@ from optax_mtl.methods.gls import gls as gls
 from optax_mtl.methods.graddrop import graddrop as graddrop
 from optax_mtl.methods.gradnorm import gradnorm as gradnorm
 from optax_mtl.methods.gradvac import gradvac as gradvac
+from optax_mtl.methods.igb import igb as igb
 from optax_mtl.methods.imtl import imtl as imtl
 from optax_mtl.methods.imtl_g import imtl_g as imtl_g
 from optax_mtl.methods.imtl_l import imtl_l as imtl_l

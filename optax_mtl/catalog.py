@@ -1,6 +1,7 @@
 """What each method is, reads and promises: one row a method."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from optax_mtl.methods import (
     graddrop,
     gradnorm,
     gradvac,
+    igb,
     imtl,
     imtl_g,
     imtl_l,
@@ -57,6 +59,14 @@ from optax_mtl.methods import (
 Factory = Callable[..., optax.GradientTransformationExtraArgs]
 
 
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What the user may have meant."""
+    close = get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known are {', '.join(sorted(known)) or 'none'}"
+
+
 class Entry(NamedTuple):
     """A row of :data:`METHODS`."""
 
@@ -78,10 +88,19 @@ def _row(
     scale: str,
     state: str = "none",
     promises: str = "",
-    num_tasks: bool = False,
 ) -> Entry:
-    """An entry; ``num_tasks`` says whether the factory takes the number of tasks."""
-    make = factory if num_tasks else lambda num_tasks, **options: factory(**options)
+    """An entry; the factory gets the number of tasks if it takes it."""
+    known = list(inspect.signature(factory).parameters)
+
+    def make(num_tasks: int, **options: Any) -> optax.GradientTransformationExtraArgs:
+        for option in options:
+            if option not in known:
+                hint = _hint(option, [name for name in known if name != "num_tasks"])
+                raise TypeError(f"{factory.__name__} has no option {option!r}; {hint}")
+        if "num_tasks" in known:
+            options["num_tasks"] = num_tasks
+        return factory(**options)
+
     return Entry(
         make=make,
         family=family,
@@ -91,18 +110,6 @@ def _row(
         state=state,
         promises=frozenset(promises.split()),
     )
-
-
-def _krum(num_tasks: int, **options: Any) -> optax.GradientTransformationExtraArgs:
-    """Krum, by default with one Byzantine task where there are enough others."""
-    return krum.krum(**{"num_byzantine": int(num_tasks > 3)} | options)
-
-
-def _trimmed_mean(
-    num_tasks: int, **options: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Trimmed mean, by default of one entry on each side where there are enough."""
-    return trimmed_mean.trimmed_mean(**{"num_trimmed": int(num_tasks > 2)} | options)
 
 
 _UNITARY = (
@@ -221,7 +228,6 @@ METHODS: dict[str, Entry] = {
         scale="sum",
         state="T x P",
         promises="rotates scales agrees ignores_absent",
-        num_tasks=True,
     ),
     "graddrop": _row(
         graddrop.graddrop,
@@ -250,7 +256,6 @@ METHODS: dict[str, Entry] = {
         scale="sum",
         state="tasks",
         promises="rotates scales linear_in_scales agrees",
-        num_tasks=True,
     ),
     "mgda": _row(
         mgda.mgda,
@@ -291,7 +296,6 @@ METHODS: dict[str, Entry] = {
         scale="own",
         state="T x P",
         promises="symmetric rotates agrees ignores_absent",
-        num_tasks=True,
     ),
     "modo": _row(
         modo.modo,
@@ -306,7 +310,6 @@ METHODS: dict[str, Entry] = {
         scale="mean",
         state="tasks",
         promises="symmetric rotates agrees ignores_absent",
-        num_tasks=True,
     ),
     "sdmgrad": _row(
         sdmgrad.sdmgrad,
@@ -321,7 +324,6 @@ METHODS: dict[str, Entry] = {
         scale="mean",
         state="tasks",
         promises="symmetric rotates scales agrees ignores_absent",
-        num_tasks=True,
     ),
     "m_config": _row(
         m_config.m_config,
@@ -336,7 +338,6 @@ METHODS: dict[str, Entry] = {
         scale="own",
         state="T x P",
         promises="symmetric",
-        num_tasks=True,
     ),
     # Balance: the magnitudes of the gradients.
     "energy_gate": _row(
@@ -347,7 +348,6 @@ METHODS: dict[str, Entry] = {
         scale="sum",
         state="P",
         promises="symmetric scales agrees ignores_absent",
-        num_tasks=True,
     ),
     "sam_gs": _row(
         sam_gs.sam_gs,
@@ -361,7 +361,6 @@ METHODS: dict[str, Entry] = {
         scale="own",
         state="T x P",
         promises="symmetric ignores_absent",
-        num_tasks=True,
     ),
     "fairgrad": _row(
         fairgrad.fairgrad,
@@ -410,7 +409,8 @@ METHODS: dict[str, Entry] = {
         ),
         reads="gram",
         scale="sum",
-        promises="symmetric rotates scales scale_free agrees ignores_absent",
+        promises="symmetric rotates scales scale_free linear_in_scales agrees"
+        " ignores_absent",
     ),
     "gradnorm": _row(
         gradnorm.gradnorm,
@@ -424,8 +424,7 @@ METHODS: dict[str, Entry] = {
         reads="gram losses",
         scale="sum",
         state="tasks",
-        promises="symmetric rotates scales agrees ignores_absent",
-        num_tasks=True,
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
     ),
     "db_mtl": _row(
         db_mtl.db_mtl,
@@ -439,7 +438,6 @@ METHODS: dict[str, Entry] = {
         scale="own",
         state="T x P",
         promises="symmetric rotates scales scale_free agrees ignores_absent",
-        num_tasks=True,
     ),
     "imtl": _row(
         imtl.imtl,
@@ -453,7 +451,6 @@ METHODS: dict[str, Entry] = {
         scale="own",
         state="tasks",
         promises="symmetric rotates scales scale_free agrees ignores_absent",
-        num_tasks=True,
     ),
     "excess_mtl": _row(
         excess_mtl.excess_mtl,
@@ -467,7 +464,6 @@ METHODS: dict[str, Entry] = {
         scale="sum",
         state="T x P",
         promises="symmetric scales agrees ignores_absent",
-        num_tasks=True,
     ),
     "adatask": _row(
         adatask.adatask,
@@ -482,7 +478,6 @@ METHODS: dict[str, Entry] = {
         scale="own",
         state="T x P",
         promises="symmetric ignores_absent",
-        num_tasks=True,
     ),
     # Losses: weights from the losses alone, for the price of one backward pass.
     "dwa": _row(
@@ -496,8 +491,7 @@ METHODS: dict[str, Entry] = {
         reads="losses",
         scale="sum",
         state="tasks",
-        promises="rotates scales linear_in_scales",
-        num_tasks=True,
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
     ),
     "gls": _row(
         gls.gls,
@@ -510,7 +504,8 @@ METHODS: dict[str, Entry] = {
         ),
         reads="losses",
         scale="own",
-        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+        promises="symmetric rotates scales scale_free linear_in_scales agrees"
+        " ignores_absent",
     ),
     "uncertainty_weighting": _row(
         uncertainty_weighting.uncertainty_weighting,
@@ -525,7 +520,6 @@ METHODS: dict[str, Entry] = {
         scale="own",
         state="tasks",
         promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
-        num_tasks=True,
     ),
     "imtl_l": _row(
         imtl_l.imtl_l,
@@ -539,7 +533,6 @@ METHODS: dict[str, Entry] = {
         scale="own",
         state="tasks",
         promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
-        num_tasks=True,
     ),
     "scale_invariant": _row(
         scale_invariant.scale_invariant,
@@ -551,7 +544,8 @@ METHODS: dict[str, Entry] = {
         ),
         reads="losses",
         scale="own",
-        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+        promises="symmetric rotates scales scale_free linear_in_scales agrees"
+        " ignores_absent",
     ),
     "stch": _row(
         stch.stch,
@@ -564,8 +558,8 @@ METHODS: dict[str, Entry] = {
         reads="losses",
         scale="own",
         state="tasks",
-        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
-        num_tasks=True,
+        promises="symmetric rotates scales scale_free linear_in_scales agrees"
+        " ignores_absent",
     ),
     "famo": _row(
         famo.famo,
@@ -578,8 +572,22 @@ METHODS: dict[str, Entry] = {
         reads="losses",
         scale="mean",
         state="tasks",
-        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
-        num_tasks=True,
+        promises="symmetric rotates scales scale_free linear_in_scales agrees"
+        " ignores_absent",
+    ),
+    "igb": _row(
+        igb.igb,
+        "loss",
+        (
+            "Improvable Gap Balancing for Multi-Task Learning",
+            "UAI 2023",
+            "https://arxiv.org/abs/2307.15429",
+        ),
+        reads="losses",
+        scale="own",
+        state="tasks",
+        promises="symmetric rotates scales scale_free linear_in_scales agrees"
+        " ignores_absent",
     ),
     "uw_so": _row(
         uw_so.uw_so,
@@ -645,7 +653,6 @@ METHODS: dict[str, Entry] = {
         scale="sum",
         state="tasks",
         promises="scales agrees",
-        num_tasks=True,
     ),
     "pcd": _row(
         pcd.pcd,
@@ -660,7 +667,6 @@ METHODS: dict[str, Entry] = {
         scale="mean",
         state="tasks",
         promises="rotates scales scale_free agrees",
-        num_tasks=True,
     ),
     "priority_projection": _row(
         priority_projection.priority_projection,
@@ -700,7 +706,7 @@ METHODS: dict[str, Entry] = {
         promises="symmetric rotates scales agrees ignores_absent",
     ),
     "krum": _row(
-        _krum,
+        krum.krum,
         "robust",
         (
             "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
@@ -709,11 +715,10 @@ METHODS: dict[str, Entry] = {
         ),
         reads="gram",
         scale="mean",
-        promises="symmetric rotates scales agrees",
-        num_tasks=True,
+        promises="symmetric rotates scales agrees ignores_absent",
     ),
     "trimmed_mean": _row(
-        _trimmed_mean,
+        trimmed_mean.trimmed_mean,
         "robust",
         (
             "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
@@ -723,7 +728,6 @@ METHODS: dict[str, Entry] = {
         reads="gradients",
         scale="mean",
         promises="symmetric scales agrees ignores_absent",
-        num_tasks=True,
     ),
 }
 
@@ -743,6 +747,7 @@ def get(
 
     Raises:
       ValueError: for a name that is not in the catalog.
+      TypeError: for an option that the method does not have.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -754,10 +759,7 @@ def get(
       ValueError: there is no method 'pcgradd'; did you mean 'pcgrad'?
     """
     if name not in METHODS:
-        close = get_close_matches(name, METHODS, n=1)
-        known = f"known are {', '.join(sorted(METHODS))}"
-        hint = f"did you mean {close[0]!r}?" if close else known
-        raise ValueError(f"there is no method {name!r}; {hint}")
+        raise ValueError(f"there is no method {name!r}; {_hint(name, METHODS)}")
     return METHODS[name].make(num_tasks, **options)
 
 

@@ -15,6 +15,7 @@ from optax_mtl.methods.geometric_median import (
 )
 from optax_mtl.methods.gls import gls_weights as gls
 from optax_mtl.methods.gradvac import gradvac_weights as gradvac
+from optax_mtl.methods.igb import igb_weights as igb
 from optax_mtl.methods.imtl_g import imtl_g_weights as imtl_g
 from optax_mtl.methods.imtl_l import init_log_weights as init_log
 from optax_mtl.methods.imtl_l import learn_log_weights as learn_log
@@ -48,6 +49,7 @@ __all__ = [
     "geometric_median",
     "gls",
     "gradvac",
+    "igb",
     "imtl_g",
     "init_log",
     "inverse_norm",

@@ -67,6 +67,15 @@ def test_unknown_name():
         optax_mtl.get("zzzz", 2)
 
 
+def test_unknown_option():
+    with pytest.raises(TypeError, match="no option 'C'; known are c, preference"):
+        optax_mtl.get("cagrad", 2, C=0.5)
+    with pytest.raises(TypeError, match="did you mean 'num_byzantine'"):
+        optax_mtl.get("krum", 5, num_byzantin=1)
+    with pytest.raises(TypeError, match="gls has no option 'c'; known are none"):
+        optax_mtl.get("gls", 2, c=1)
+
+
 def test_public_names_have_docstrings():
     names = [n for n in vars(optax_mtl) if not n.startswith("_")]
     undocumented = [n for n in names if not getattr(optax_mtl, n).__doc__]

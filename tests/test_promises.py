@@ -1,5 +1,7 @@
 """Each promise of the catalog is a test, in float64 so that only methods can fail."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import optax_mtl
 from tests.common import (
     NUM_PARAMS,
     NUM_TASKS,
-    aggregate,
+    every_method,
     matrices,
     promised,
 )
@@ -23,8 +25,19 @@ def _float64():
         yield
 
 
+@functools.cache
+def aggregate(name, num_tasks):
+    """The method as a compiled function of a batch of matrices and losses."""
+    method = optax_mtl.get(name, num_tasks)
+
+    def one(matrix, losses):
+        return method.update(matrix, method.init(matrix[0]), losses=losses)[0]
+
+    return jax.jit(jax.vmap(one, in_axes=(0, None)))
+
+
 def call(name, batch, losses=LOSSES):
-    return np.asarray(aggregate(name)(np.asarray(batch), losses))
+    return np.asarray(aggregate(name, len(losses))(np.asarray(batch), losses))
 
 
 def size(batch):
@@ -68,7 +81,8 @@ def test_scale_free(name):
     batch = matrices("regular")
     direction = lambda d: d / np.linalg.norm(d, axis=1, keepdims=True)
     scales = np.exp(np.random.default_rng(2).normal(size=(NUM_TASKS, 1)))
-    actual = direction(call(name, scales * batch))
+    # A loss in another unit, and with it its gradient.
+    actual = direction(call(name, scales * batch, scales[:, 0] * LOSSES))
     np.testing.assert_allclose(actual, direction(call(name, batch)), atol=TOLERANCE)
 
 
@@ -100,6 +114,17 @@ def test_stationary(name):
     assert_same(call(name, batch), np.zeros(batch[:, 0].shape), batch)
 
 
+@every_method
+def test_native_scale(name):
+    factor = {"sum": NUM_TASKS, "mean": 1}.get(optax_mtl.METHODS[name].scale)
+    if factor is None:
+        return
+    gradient = np.random.default_rng(5).normal(size=(8, 1, NUM_PARAMS))
+    equal = np.tile(gradient, (1, NUM_TASKS, 1))
+    actual = call(name, equal, np.ones(NUM_TASKS))
+    assert_same(actual, factor * gradient[:, 0], equal)
+
+
 @promised("agrees")
 def test_agrees(name):
     gradient = np.random.default_rng(4).normal(size=(8, 1, NUM_PARAMS))
@@ -112,24 +137,17 @@ def test_agrees(name):
 
 
 @promised("ignores_absent")
-@pytest.mark.parametrize("absent", [0, 2])
-def test_ignores_absent(name, absent):
-    present = np.arange(NUM_TASKS) != absent
-    method = optax_mtl.get(name, NUM_TASKS - 1)
-
-    @jax.jit
-    @jax.vmap
-    def without(matrix):
-        losses = LOSSES[present]
-        return method.update(matrix, method.init(matrix[0]), losses=losses)[0]
-
+def test_ignores_absent(name):
     batch = matrices("any")
-    losses = np.where(present, LOSSES, 0)
-    actual = call(name, np.where(present[:, None], batch, 0), losses)
-    assert_same(actual, np.asarray(without(batch[:, present])), batch)
+    for absent in (0, 2):
+        present = np.arange(NUM_TASKS) != absent
+        expected = call(name, batch[:, present], LOSSES[present])
+        losses = np.where(present, LOSSES, 0)
+        actual = call(name, np.where(present[:, None], batch, 0), losses)
+        assert_same(actual, expected, batch)
 
 
 def test_every_promise_is_tested_and_made():
     tested = {n.removeprefix("test_") for n in globals() if n.startswith("test_")}
     made = set().union(*(row.promises for row in optax_mtl.METHODS.values()))
-    assert made == tested - {"every_promise_is_tested_and_made"}
+    assert made == tested - {"every_promise_is_tested_and_made", "native_scale"}

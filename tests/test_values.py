@@ -17,9 +17,11 @@ import scipy.optimize
 import optax_mtl
 from optax_mtl import weights
 from optax_mtl.methods import pcgrad, random_weights
+from tests.common import NUM_TASKS, matrices
 
 J2 = [[-4.0, 1, 1], [6, 1, 1]]  # Of TorchJD's test_values.py.
 J3 = [[3.0, 1, 0, 1], [-2, 1, 1, 0], [1, -1, 2, 0.5]]
+NESTED = [[1.0, 0], [2, 1]]  # The second is longer in the direction of the first.
 ONE = [[3.0, 4]]
 EQUAL = [[1.0, 2, 2]] * 3
 OPPOSITE = [[1.0, 0], [-2, 0]]
@@ -48,14 +50,18 @@ COSINE = -22 / np.sqrt(18 * 38)
 BY_LOSS = shortest_of_two(18 / 4, -22, 38 * 4)
 BY_PRODUCT = shortest_of_two(1 / 4, COSINE, 4)
 NORMS = np.sqrt([18, 38])
+NORMS3 = np.sqrt([11, 6, 6.25])
+LOSSES3, INVERSE3 = [2, 0.5, 1], np.array([0.5, 2, 1])
 RAW = {"apply_to": "raw"}
 FREE = {"max_norm": None}
 PAPER = {"rescale": False}
+REG = {"reg_eps": 1e-4}  # As in the authors' code.
 SGD = optax.sgd(0.1)
 TWO = "closed form for two tasks"
 
 ROWS = [
     Row("linear", {}, J2, [1, 1], [2, 2, 2]),
+    Row("mean", {}, J2, [0.5, 0.5], [1, 1, 1]),
     Row("mgda", {}, J2, [0.6, 0.4], [0, 1, 1], "TorchJD, NumPy"),
     Row("mgda", {"normalization": "l2"}, J2, 0.5 / NORMS, source=TWO),
     Row("mgda", {"normalization": "l2"} | RAW, J2, [0.5, 0.5], [1, 1, 1], TWO),
@@ -77,6 +83,8 @@ ROWS = [
         source=TWO,
     ),
     Row("mgda", {}, J3, [0.316619, 0.514327, 0.169054]),
+    Row("mgda", {}, NESTED, [1, 0], source=TWO),
+    Row("mgda", {}, NESTED[::-1], [0, 1], source=TWO),
     Row("pcgrad", {}, J2, [2.222222, 1.578947], [0.584795, 3.80117, 3.80117]),
     Row("gradvac", {}, J2, [2.222222, 1.578947], [0.584795, 3.80117, 3.80117]),
     Row(
@@ -87,7 +95,14 @@ ROWS = [
         [1.00654, 3.264403, 3.264403],
         steps=2,
     ),
-    Row("cagrad", {"c": 0.5} | PAPER, J2, [0.704124, 0.5], source="SLSQP, TorchJD"),
+    Row(
+        "cagrad",
+        {"c": 0.5} | PAPER,
+        J2,
+        [0.704124, 0.5],
+        [0.183503, 1.204124, 1.204124],
+        source="SLSQP, TorchJD",
+    ),
     Row("cagrad", {}, J2, [0.57181, 0.431034], [0.298968, 1.002844, 1.002844]),
     Row("cagrad", {"c": 1.0} | PAPER, J2, [1.2, 0.8], [0, 2, 2], "2 x MGDA"),
     Row("cagrad", {"c": 0.5} | PAPER, J3, [0.358164, 0.627026, 0.333333]),
@@ -97,28 +112,44 @@ ROWS = [
     Row("nash_mtl", {}, J2, [0.418226, 0.287843], [0.054153, 0.706069, 0.706069]),
     Row("nash_mtl", FREE, J2, [0.591461, 0.407071], [0.076584, 0.998533, 0.998533]),
     Row("nash_mtl", FREE, J3, [0.431395, 0.669775, 0.368637]),
-    Row("fairgrad", {"alpha": 1.0} | FREE, J2, [0.591461, 0.407071]),
+    Row(
+        "fairgrad",
+        {"alpha": 1.0} | FREE,
+        J2,
+        [0.591461, 0.407071],
+        [0.076584, 0.998533, 0.998533],
+    ),
+    Row("fairgrad", {"alpha": 1.0} | FREE, J3, [0.431395, 0.669775, 0.368637]),
     Row("fairgrad", FREE, J2, [0.471363, 0.319454], [0.031274, 0.790817, 0.790817]),
     Row("fairgrad", {"alpha": 0.0} | FREE, J2, [0.5, 0.5], [1, 1, 1], "TorchJD"),
     Row("fairgrad", {"alpha": 0.5} | FREE, J3, [0.549221, 0.802294, 0.514086]),
     Row("fairgrad", FREE, J3, [0.347638, 0.556788, 0.262387]),
     Row("fairgrad", {"alpha": 5.0} | FREE, J3, [0.28536, 0.462941, 0.184318]),
     Row("aligned_mtl", {}, J2, [1.118144, 0.816522], [0.426557, 1.934666, 1.934666]),
-    Row(
-        "aligned_mtl",
-        {"preference": [0.5, 0.5], "scale_mode": "rmse"},
-        J2,
-        [1.5109, 1.1033],
-        [0.5764, 2.6142, 2.6142],
-        source="TorchJD, to four decimals",
-        tolerance=1e-4,
+    *(
+        Row(
+            "aligned_mtl",
+            {"preference": [0.5, 0.5], "scale_mode": scale_mode},
+            J2,
+            *expected,
+            source="TorchJD",
+            tolerance=5e-5,
+        )
+        for scale_mode, *expected in [
+            ("min", [0.5591, 0.4083], [0.2133, 0.9673, 0.9673]),
+            ("median", [0.5591, 0.4083], [0.2133, 0.9673, 0.9673]),
+            ("rmse", [1.5109, 1.1033], [0.5764, 2.6142, 2.6142]),
+        ]
     ),
     Row("aligned_mtl", {}, J3, [0.762373, 1.081985, 0.609884]),
     Row("aligned_mtl", {"scale_mode": "median"}, J3, [1.063481, 1.509328, 0.850765]),
     Row("aligned_mtl", {"scale_mode": "rmse"}, J3, [1.260979, 1.789624, 1.00876]),
     Row("upgrad", {}, J2, [10 / 9, 15 / 19], [0.292398, 1.900585, 1.900585]),
     Row("upgrad", {}, J3, [0.484848, 0.666667, 0.333333]),
+    Row("upgrad", REG, J2, [1.110921, 0.789431], [0.292902, 1.900352, 1.900352]),
+    Row("upgrad", REG, J3, [0.484816, 0.666538, 0.333333]),
     Row("dualproj", {}, J2, [11 / 18, 0.5], [5 / 9, 10 / 9, 10 / 9], TWO),
+    Row("dualproj", REG, J2, [0.610921, 0.5], [0.556316, 1.110921, 1.110921]),
     Row("dualproj", {}, J3, [1 / 3, 1 / 3, 1 / 3], source="the mean is in the cone"),
     Row("config", {}, J2, [1.226483, 0.844124], [0.158809, 2.070607, 2.070607]),
     Row("config", {}, J3, [1.045953, 1.537369, 0.412524]),
@@ -131,7 +162,50 @@ ROWS = [
         source="TorchJD",
     ),
     Row("trimmed_mean", {"num_trimmed": 2}, KRUM, update=[1, 0, 1], source="median"),
-    Row("gls", {}, EYE3, [1 / 6, 2 / 3, 1 / 3], losses=[2, 0.5, 1]),
+    Row("inverse_norm", {}, J3, (11**0.5 + 6**0.5 + 2.5) / 3 / NORMS3, source="norms"),
+    Row("inverse_norm", {"target": "max"}, J3, 11**0.5 / NORMS3, source="norms"),
+    Row(
+        "inverse_norm",
+        {"target": "harmonic"},
+        J3,
+        3 / NORMS3 / np.sum(1 / NORMS3),
+        source="norms",
+    ),
+    Row(
+        "sdmgrad",
+        {"regularization": 0.3},
+        J3,
+        (np.array([0.311605, 0.568625, 0.119771]) + 0.1) / 1.3,
+    ),
+    Row("modo", {"gamma": 0.1, "rho": 0.1}, J3, [0.230556, 0.513889, 0.255556]),
+    Row("modo", {"gamma": 0.1, "rho": 0.1}, J2, [1, 0], source="TorchJD"),
+    Row(
+        "moco",
+        {"beta": 0.5, "gamma": 0.1},
+        J3,
+        update=[0.239931, 0.186111, 0.503125, 0.232292],
+    ),
+    # The first update is the sum; later ones are in test_balancing.py.
+    Row("gradnorm", {}, J3, [1, 1, 1], losses=LOSSES3),
+    Row("excess_mtl", {}, J3, update=[2, 1, 3, 1.5], source="sum"),
+    # Equal norms, since all gradients of log losses are scaled to the largest.
+    Row("db_mtl", {"beta": 0.0}, EYE3, update=[2, 2, 2], losses=LOSSES3),
+    Row("db_mtl", {"beta": 0.9}, EYE3, update=[0.2, 0.2, 0.2], losses=LOSSES3),
+    Row("gls", {}, EYE3, [1 / 6, 2 / 3, 1 / 3], losses=LOSSES3),
+    Row("scale_invariant", {}, EYE3, [0.5, 2, 1], losses=LOSSES3),
+    Row("stch", {"reference": [1.0, 1, 2]}, EYE3, [1, 1, 0.5], losses=LOSSES3),
+    Row("famo", {}, EYE3, [0.142857, 0.571429, 0.285714], losses=LOSSES3),
+    Row("imtl_l", {}, EYE3, [1, 1, 1], losses=LOSSES3),
+    Row("dwa", {}, EYE3, [1, 1, 1], losses=LOSSES3),
+    Row("uw_so", {}, EYE3, np.exp(INVERSE3) / np.sum(np.exp(INVERSE3)), losses=LOSSES3),
+    Row(
+        "igb",
+        {"reference": [2.0, 1, 1]},
+        EYE3,
+        3 * np.exp([1, 0.5, 1]) / np.sum(np.exp([1, 0.5, 1])) * INVERSE3,
+        source="authors' code, T softmax(L / z) log L",
+        losses=LOSSES3,
+    ),
     Row("uncertainty_weighting", {}, EYE2, [0.5, 0.5], losses=[4, 1]),
     Row(
         "uncertainty_weighting",
@@ -160,32 +234,41 @@ ROWS = [
         losses=[4, 1],
         steps=2,
     ),
-    # Equal gradients: the native scale.
-    *(
-        Row(name, options, EQUAL, update=np.multiply(factor, EQUAL[0]), source="scale")
-        for name, options, factor in [
-            ("linear", {}, 3),
-            ("pcgrad", {}, 3),
-            ("gradvac", {}, 3),
-            ("config", {}, 3),
-            ("aligned_mtl", {}, 3),
-            ("graddrop", {}, 3),
-            ("mean", {}, 1),
-            ("mgda", {}, 1),
-            ("imtl_g", {}, 1),
-            ("upgrad", {}, 1),
-            ("dualproj", {}, 1),
-            ("krum", {}, 1),
-            ("trimmed_mean", {}, 1),
-            ("cagrad", {"c": 0.5} | PAPER, 1.5),
-            ("nash_mtl", FREE, np.sqrt(3) / 3),
-        ]
+    Row(
+        "uncertainty_weighting",
+        {"form": ["regression", "classification"], "initial": -0.5, "optimizer": SGD},
+        EYE2,
+        np.exp([0.5 - 0.1 * (2 * np.exp(0.5) - 0.5), 0.5 - 0.1 * (np.exp(0.5) - 0.5)])
+        * [0.5, 1],
+        source="s = -1/2 + 0.1 (a exp(1/2) L - 1/2)",
+        losses=[4, 1],
+        steps=2,
     ),
+    # Equal gradients; tests/test_promises.py has those of scale "sum" and "mean".
+    Row("aligned_mtl", {"preference": [1 / 3] * 3}, EQUAL, update=EQUAL[0]),
+    Row("cagrad", {"c": 0.5} | PAPER, EQUAL, update=1.5 * np.array(EQUAL[0])),
+    Row("nash_mtl", FREE, EQUAL, update=np.array(EQUAL[0]) / 3**0.5),
     # One task.
     Row("nash_mtl", {}, ONE, [0.2], [0.6, 0.8], "unit vector"),
     Row("fairgrad", FREE, ONE, [5 ** (-4 / 3)], source="n ** (-2 a / (1 + a))"),
     Row("cagrad", {"c": 0.5}, ONE, [1.2], source="(1 + c) / (1 + c ** 2)"),
+    *(
+        Row(name, options, ONE, [weight], source="table of methods", losses=[4])
+        for name, options, weight in [
+            ("dwa", {}, 1),
+            ("gls", {}, 1),
+            ("famo", {}, 1),
+            ("stch", {"reference": 2.0}, 1 / 4),
+            ("scale_invariant", {}, 1 / 4),
+            ("uncertainty_weighting", {}, 1 / 2),
+            ("imtl_l", {}, 1),
+        ]
+    ),
     # Opposite gradients: Pareto stationary.
+    Row("linear", {}, OPPOSITE, update=[-1, 0]),
+    Row("cagrad", {"c": 0.5} | PAPER, OPPOSITE, update=[-0.25, 0], source="by hand"),
+    Row("cagrad", {"c": 1.5} | PAPER, OPPOSITE, update=[0, 0], source="0 is the best"),
+    Row("upgrad", REG, OPPOSITE, update=[-0.0004, 0], tolerance=5e-5 / 2),
     Row("mgda", {}, OPPOSITE, [2 / 3, 1 / 3], [0, 0]),
     Row("pcgrad", {}, OPPOSITE, update=[0, 0]),
     Row("upgrad", {}, OPPOSITE, update=[0, 0]),
@@ -199,9 +282,23 @@ ROWS = [
 ]
 
 
+def with_absent_tasks(row):
+    """The same values with absent tasks up to five, so that all rows share shapes."""
+    missing = 5 - len(row.gradients)
+    pad = lambda x: np.append(x, np.zeros((missing, *np.shape(x)[1:])), axis=0)
+    fill = lambda x: [*x, *x[:1] * missing] if isinstance(x, list) else x
+    options = {name: fill(value) for name, value in row.options.items()}
+    losses = None if row.losses is None else pad(row.losses)
+    return row._replace(gradients=pad(row.gradients), losses=losses, options=options)
+
+
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.name}-{len(r.gradients)}")
 def test_value(row, double):
+    num_tasks = len(row.gradients)
+    expected = row
+    if not double and "ignores_absent" in optax_mtl.METHODS[row.name].promises:
+        row = with_absent_tasks(row)
     with jax.enable_x64(double):
         gradients = jnp.asarray(row.gradients, float)
         losses = None if row.losses is None else jnp.asarray(row.losses, float)
@@ -216,43 +313,41 @@ def test_value(row, double):
     # Half a unit of the last digit given; in float32, the accuracy of the Gram matrix.
     tolerance = max(row.tolerance, 0 if double else 1e-5)
     if row.weights is not None:
-        np.testing.assert_allclose(found, row.weights, atol=tolerance)
+        weights = np.asarray(found)[:num_tasks]
+        np.testing.assert_allclose(weights, expected.weights, atol=tolerance)
     if row.update is not None:
         update = found if elementwise else np.asarray(found) @ np.array(row.gradients)
         size = max(np.linalg.norm(row.gradients, axis=1).max(), 1)
         np.testing.assert_allclose(update, row.update, atol=tolerance * size)
 
 
-def random_gradients(num_tasks, num_params=12, count=8, seed=0):
-    """Gradients whose norms differ by a factor of about ten."""
+def random_gradients(num_tasks=5, seed=0):
+    """Gradients whose norms differ by a factor of about ten, shape (8, T, 12)."""
     rng = np.random.default_rng(seed)
-    scales = np.exp(rng.normal(size=(count, num_tasks, 1)))
-    return scales * rng.normal(size=(count, num_tasks, num_params))
+    scales = np.exp(rng.normal(size=(8, num_tasks, 1)))
+    return scales * rng.normal(size=(8, num_tasks, 12))
 
 
-def weights_of(name, batch, **options):
-    """Weights and Gram matrices for a batch of gradients, in float64."""
+BATCH = random_gradients()
+GRAMS = BATCH @ BATCH.transpose(0, 2, 1)
+TASK_NORMS = np.sqrt(np.einsum("nii->ni", GRAMS))
+
+
+def weights_of(name, grams=GRAMS, **options):
+    """Weights for a batch of Gram matrices, in float64."""
+    method = optax_mtl.get(name, grams.shape[1], **options)
+
+    def find(gram):
+        view = optax_mtl.GramView(len(gram), lambda: gram)
+        return method.update(view, method.init(None))[0]
+
+    return in_float64(find, grams)
+
+
+def in_float64(function, *batches):
+    """A function of each of some entries; not compiled, as the values above."""
     with jax.enable_x64(True):
-        method = optax_mtl.get(name, batch.shape[1], **options)
-        grams = batch @ batch.transpose(0, 2, 1)
-
-        @jax.jit
-        @jax.vmap
-        def find(gram):
-            view = optax_mtl.GramView(len(gram), lambda: gram)
-            return method.update(view, method.init(None))[0]
-
-        return np.asarray(find(jnp.asarray(grams))), grams
-
-
-def test_regularized_projections_are_those_of_torchjd():
-    gram = np.array([[18.0, -22], [-22, 38]]) / 56 + 1e-4 * np.eye(2)
-    with jax.enable_x64(True):
-        half = jnp.full(2, 0.5)
-        gram = jnp.asarray(gram)
-        found = weights.upgrad(gram, half), weights.dualproj(gram, half)
-    expected = [[1.110921, 0.789431], [0.610921, 0.5]]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+        return np.stack([function(*map(jnp.asarray, x)) for x in zip(*batches)])
 
 
 def test_pcgrad_in_given_orders():
@@ -263,6 +358,9 @@ def test_pcgrad_in_given_orders():
     ]:
         orders = jnp.tile(jnp.array(order), (3, 1))
         np.testing.assert_allclose(weights.pcgrad(gram, orders), expected, atol=1e-5)
+    fixed = optax_mtl.pcgrad(order="fixed")
+    update, _ = fixed.update(jnp.array(J3), fixed.init(None))
+    np.testing.assert_allclose(update, np.array([1.454545, 2, 1]) @ J3, atol=1e-5)
 
 
 def test_dwa_of_given_rates():
@@ -270,56 +368,94 @@ def test_dwa_of_given_rates():
     np.testing.assert_allclose(found, [0.681659, 0.875268, 1.443073], atol=1e-6)
 
 
-def test_nash_has_squared_norm_of_the_number_of_tasks():
-    found, grams = weights_of("nash_mtl", random_gradients(5), max_norm=None)
-    squares = np.einsum("ni,nij,nj->n", found, grams, found)
+def test_moco_weights():
+    method = optax_mtl.moco(3)
+    _, state = method.update(jnp.array(J3), method.init(jnp.zeros(4)))
+    expected = [0.307639, 0.378472, 0.313889]
+    np.testing.assert_allclose(optax.tree.get(state, "weights"), expected, atol=1e-6)
+
+
+def test_nash_has_squared_norm_of_the_number_of_tasks_and_is_fairgrad_of_one():
+    found = weights_of("nash_mtl", max_norm=None)
+    squares = np.einsum("ni,nij,nj->n", found, GRAMS, found)
     np.testing.assert_allclose(squares, 5, rtol=1e-9)
+    limited = found / np.sqrt(5)  # To norm 1, that of the default.
+    np.testing.assert_allclose(weights_of("fairgrad", alpha=1.0), limited, rtol=1e-9)
 
 
-def test_fairgrad_of_one_is_nash():
-    batch = random_gradients(4)
-    fair, _ = weights_of("fairgrad", batch, alpha=1.0)
-    np.testing.assert_allclose(fair, weights_of("nash_mtl", batch)[0], rtol=1e-9)
+def test_fairgrad_solves_its_equations_and_is_homogeneous():
+    preference = np.array([1.0, 2, 0.5, 3, 1])
+    alphas = np.array([0.5, 1, 2, 4] * 2)
+    fair = lambda gram, alpha: weights.fairgrad(gram, jnp.asarray(preference), alpha)
+    found = in_float64(fair, GRAMS, alphas)
+    progress = np.einsum("nij,nj->ni", GRAMS, found)
+    powers = found ** (-1 / alphas[:, None])
+    np.testing.assert_allclose(progress, preference * powers, rtol=1e-8)
+    # Ten times the gradients: weights for updates 10 ** ((1 - a) / (1 + a)) as long.
+    larger = in_float64(fair, 100 * GRAMS, alphas)
+    factors = 10 ** (-2 * alphas / (1 + alphas))
+    np.testing.assert_allclose(larger, factors[:, None] * found, rtol=1e-8)
 
 
-def test_preferences_solve_their_equations():
-    batch, preference = random_gradients(4), np.array([1.0, 2, 0.5, 3])
-    for alpha in (0.5, 2.0):
-        found, grams = weights_of(
-            "fairgrad", batch, alpha=alpha, max_norm=None, preference=preference
-        )
+def test_cagrad_against_slsqp_and_the_mean():
+    radii = np.array([0, 0.2, 0.4, 0.8] * 2)
+    uniform = np.full(5, 1 / 5)
+    search = lambda gram, c: weights.cagrad(gram, c, jnp.asarray(uniform))
+    found = in_float64(search, GRAMS, radii)
+    np.testing.assert_allclose(found[::4], np.full((2, 5), 1 / 5), rtol=1e-9)
+    normalized = GRAMS / np.einsum("nii->n", GRAMS)[:, None, None]
+    for w, gram, c in zip(found, normalized, radii):
+        radius = c * np.sqrt(uniform @ gram @ uniform)
+        hull = scipy.optimize.minimize(
+            lambda x, g=gram, r=radius: x @ g @ uniform + r * np.sqrt(x @ g @ x),
+            uniform,
+            method="SLSQP",
+            bounds=[(0, 1)] * 5,
+            constraints={"type": "eq", "fun": lambda x: x.sum() - 1},
+            options={"ftol": 1e-15, "maxiter": 1000},
+        ).x
+        expected = uniform + radius / np.sqrt(hull @ gram @ hull) * hull
+        np.testing.assert_allclose(w, expected, atol=1e-5)  # SLSQP's own accuracy.
+
+
+@pytest.mark.parametrize("kind", ["any", "strong"])
+def test_cagrad_with_a_ball_that_contains_zero_never_conflicts(kind):
+    batch = matrices(kind)
+    grams = batch @ batch.transpose(0, 2, 1)
+    search = lambda gram, c: weights.cagrad(gram, c, jnp.full(NUM_TASKS, 1 / NUM_TASKS))
+    for c in (1.0, 1.5):
+        found = in_float64(search, grams, np.full(len(grams), c))
         progress = np.einsum("nij,nj->ni", grams, found)
-        np.testing.assert_allclose(
-            progress, preference * found ** (-1 / alpha), rtol=1e-8
-        )
-
-
-def test_cagrad_of_zero_is_the_mean():
-    found, _ = weights_of("cagrad", random_gradients(4), c=0.0)
-    np.testing.assert_allclose(found, np.full_like(found, 1 / 4), rtol=1e-9)
+        assert np.all(progress >= -1e-6 * np.einsum("nii->n", grams)[:, None])
+    if kind == "strong":
+        np.testing.assert_array_equal(found, 0)
 
 
 def test_first_step_of_gradvac_is_pcgrad():
-    for gradients in random_gradients(5, count=3):
-        gram = jnp.asarray(gradients @ gradients.T, jnp.float32)
+    @jax.jit
+    def both(gram):
         orders = pcgrad.random_orders(jax.random.key(1), 5)
-        found, _ = weights.gradvac(gram, jnp.zeros((5, 5)), orders)
-        np.testing.assert_allclose(found, weights.pcgrad(gram, orders), rtol=1e-4)
+        vaccinated, _ = weights.gradvac(gram, jnp.zeros((5, 5)), orders)
+        return jnp.stack([vaccinated, weights.pcgrad(gram, orders)])
+
+    vaccinated, projected = np.moveaxis(in_float64(both, GRAMS), 1, 0)
+    np.testing.assert_allclose(vaccinated, projected, rtol=1e-5)
 
 
 def test_upgrad_of_two_tasks_is_half_of_pcgrad():
-    batch = random_gradients(2, num_params=3)
-    half = weights_of("pcgrad", batch)[0] / 2
-    np.testing.assert_allclose(weights_of("upgrad", batch)[0], half, rtol=1e-9)
+    two = random_gradients(2)
+    grams = two @ two.transpose(0, 2, 1)
+    orders = np.tile(np.arange(2), (8, 2, 1))
+    half = in_float64(jax.jit(weights.pcgrad), grams, orders) / 2
+    np.testing.assert_allclose(weights_of("upgrad", grams), half, rtol=1e-9)
 
 
-def test_config_has_equal_cosines():
-    found, grams = weights_of("config", random_gradients(5))
-    norms = np.sqrt(np.einsum("nii->ni", grams))
-    length = np.sqrt(np.einsum("ni,nij,nj->n", found, grams, found))
-    cosines = np.einsum("nij,nj->ni", grams, found) / norms / length[:, None]
-    np.testing.assert_allclose(cosines, cosines[:, :1] * np.ones(5), rtol=1e-9)
-    assert np.all(cosines > 0)
+@pytest.mark.parametrize("preference", [None, [1.0, 2, 0.5, 1, 3]])
+def test_config_has_cosines_in_ratio_of_the_preference(preference):
+    found = weights_of("config", preference=preference)
+    ratios = np.einsum("nij,nj->ni", GRAMS, found) / TASK_NORMS / (preference or 1)
+    np.testing.assert_allclose(ratios, ratios[:, :1] * np.ones(5), rtol=1e-9)
+    assert np.all(ratios > 0)
 
 
 @pytest.mark.parametrize(
@@ -334,24 +470,16 @@ def test_config_has_equal_cosines():
     ],
 )
 def test_lengths_of_config(length, norm):
-    found, (gram,) = weights_of("config", np.array([J2]), length=length)
+    with jax.enable_x64(True):
+        gram = jnp.asarray(np.array(J2) @ np.array(J2).T)
+        found = weights.config(gram, jnp.ones(2), length)
+        actual = jnp.sqrt(found @ gram @ found)
     cosine = np.sqrt((1 + COSINE) / 2)  # With the bisector of the two.
-    actual = np.sqrt(found[0] @ gram @ found[0])
     np.testing.assert_allclose(actual, 2 * cosine * norm, rtol=1e-9)
 
 
-def test_config_has_cosines_in_ratio_of_the_preference():
-    preference = np.array([1.0, 2, 0.5])
-    found, grams = weights_of("config", random_gradients(3), preference=preference)
-    norms = np.sqrt(np.einsum("nii->ni", grams))
-    ratios = np.einsum("nij,nj->ni", grams, found) / norms / preference
-    np.testing.assert_allclose(ratios, ratios[:, :1] * np.ones(3), rtol=1e-9)
-
-
 def test_imtl_g_has_equal_projections():
-    found, grams = weights_of("imtl_g", random_gradients(5))
-    norms = np.sqrt(np.einsum("nii->ni", grams))
-    projections = np.einsum("nij,nj->ni", grams, found) / norms
+    projections = np.einsum("nij,nj->ni", GRAMS, weights_of("imtl_g")) / TASK_NORMS
     expected = projections[:, :1] * np.ones(5)
     np.testing.assert_allclose(projections, expected, rtol=1e-9)
 
@@ -359,52 +487,29 @@ def test_imtl_g_has_equal_projections():
 def test_imtl_g_does_not_ascend():
     norms, cosines = np.array([1, 1, 0.1]), np.eye(3)
     cosines[2, :2] = cosines[:2, 2] = 0.65
-    batch = np.linalg.cholesky(np.outer(norms, norms) * cosines)[None]
-    strict, (gram,) = weights_of("imtl_g", batch, strict_paper=True)
-    np.testing.assert_allclose(strict[0], [-0.152, -0.152, 1.304], atol=5e-4)
-    np.testing.assert_allclose(gram @ strict[0] / norms, [-0.067] * 3, atol=5e-4)
-    guarded, _ = weights_of("imtl_g", batch)
-    projections = gram @ guarded[0] / norms
+    gram = np.outer(norms, norms) * cosines
+    with jax.enable_x64(True):
+        strict = np.asarray(weights.imtl_g(jnp.asarray(gram), strict_paper=True))
+        guarded = np.asarray(weights.imtl_g(jnp.asarray(gram)))
+    np.testing.assert_allclose(strict, [-0.152, -0.152, 1.304], atol=5e-4)
+    np.testing.assert_allclose(gram @ strict / norms, [-0.067] * 3, atol=5e-4)
+    projections = gram @ guarded / norms
     np.testing.assert_allclose(projections, projections[0], rtol=1e-9)
     assert projections[0] > 0
 
 
-@pytest.mark.parametrize("num_tasks", [3, 8])
-def test_mgda_and_projections_against_quadprog(num_tasks):
-    batch = random_gradients(num_tasks, count=4, seed=num_tasks)
-    eye, uniform = np.eye(num_tasks), np.full(num_tasks, 1 / num_tasks)
-    zero = np.zeros(num_tasks)
-    mgda, grams = weights_of("mgda", batch)
-    upgrad, _ = weights_of("upgrad", batch)
-    dualproj, _ = weights_of("dualproj", batch)
-    simplex = np.column_stack([np.ones(num_tasks), eye])
-    for i, gram in enumerate(grams):
+def test_mgda_and_projections_against_quadprog():
+    eye, uniform, zero = np.eye(5), np.full(5, 1 / 5), np.zeros(5)
+    mgda, upgrad, dualproj = map(weights_of, ["mgda", "upgrad", "dualproj"])
+    simplex = np.column_stack([np.ones(5), eye])
+    for i, gram in enumerate(GRAMS):
         solve = lambda *rest, q=gram: quadprog.solve_qp(q, zero, *rest)[0]
         expected = solve(simplex, np.append(1.0, zero), 1)
         np.testing.assert_allclose(mgda[i], expected, rtol=1e-7, atol=1e-9)
-        expected = sum(solve(eye, row) for row in eye) / num_tasks
+        expected = sum(solve(eye, row) for row in eye) / 5
         np.testing.assert_allclose(upgrad[i], expected, rtol=1e-7, atol=1e-9)
         expected = solve(eye, uniform)
         np.testing.assert_allclose(dualproj[i], expected, rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("c", [0.2, 0.8])
-def test_cagrad_against_slsqp(c):
-    batch = random_gradients(4, count=4)
-    found, grams = weights_of("cagrad", batch, c=c, rescale=False)
-    uniform = np.full(4, 1 / 4)
-    for w, gram in zip(found, grams / np.einsum("nii->n", grams)[:, None, None]):
-        radius = c * np.sqrt(uniform @ gram @ uniform)
-        hull = scipy.optimize.minimize(
-            lambda x, g=gram, r=radius: x @ g @ uniform + r * np.sqrt(x @ g @ x),
-            uniform,
-            method="SLSQP",
-            bounds=[(0, 1)] * 4,
-            constraints={"type": "eq", "fun": lambda x: x.sum() - 1},
-            options={"ftol": 1e-15, "maxiter": 1000},
-        ).x
-        expected = uniform + radius / np.sqrt(hull @ gram @ hull) * hull
-        np.testing.assert_allclose(w, expected, atol=1e-5)  # SLSQP's own accuracy.
 
 
 def test_expectation_of_graddrop_is_the_sum():
@@ -452,6 +557,8 @@ def test_random_weights_are_weights_and_fair(distribution):
     [
         (lambda: optax_mtl.mgda("l1"), "choose one of none, l2"),
         (lambda: optax_mtl.mgda(apply_to="both"), "'normalized'"),
+        (lambda: optax_mtl.pcgrad(order="priority"), "'random' or 'fixed'"),
+        (lambda: optax_mtl.upgrad(reg_eps=-1e-4), "at least 0"),
         (lambda: optax_mtl.mgda(preference=[1.0, -1.0]), "at least 0"),
         (lambda: optax_mtl.upgrad(preference=[0.0, 0.0]), "not all of them 0"),
         (lambda: optax_mtl.dualproj(preference=[[1.0]]), "one number"),
@@ -461,11 +568,20 @@ def test_random_weights_are_weights_and_fair(distribution):
         (lambda: optax_mtl.aligned_mtl("mean"), "choose one of min, median, rmse"),
         (lambda: optax_mtl.config("mean"), "choose one of projection"),
         (lambda: optax_mtl.krum(-1), "at least 0"),
-        (lambda: optax_mtl.krum(num_selected=0), "at least 1"),
+        (lambda: optax_mtl.krum(num_selected=0), "should be positive"),
         (lambda: optax_mtl.trimmed_mean(-1), "at least 0"),
         (lambda: optax_mtl.graddrop(leak=2.0), "between 0 and 1"),
         (lambda: optax_mtl.random_weights("gauss"), "choose one of normal"),
         (lambda: optax_mtl.uncertainty_weighting(2, form="l1"), "choose one of"),
+        (
+            lambda: optax_mtl.uncertainty_weighting(2, form=["regression"]),
+            "for each of the 2",
+        ),
+        (lambda: optax_mtl.dwa(2, window=0), "window is 0; it should be positive"),
+        (lambda: optax_mtl.uw_so(0.0), "temperature is 0.0; it should be positive"),
+        (lambda: optax_mtl.stch(2, -1.0), "mu is -1.0; it should be positive"),
+        (lambda: optax_mtl.igb(2, window=0), "window is 0; it should be positive"),
+        (lambda: optax_mtl.excess_mtl(2, warmup_steps=0), "should be positive"),
     ],
 )
 def test_bad_options(make, message):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
+from optax_mtl.methods.priority_projection import check_primary
 
 
 class BloopState(NamedTuple):
@@ -54,7 +55,8 @@ def bloop(
       A gradient transformation that aggregates stacked updates.
 
     Raises:
-      ValueError: for an unknown ``subtract``.
+      ValueError: for an unknown ``subtract`` and, at the first update, for a task
+        that does not exist.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -88,6 +90,7 @@ def bloop(
         count = tasks.check_stacked(updates, params)
         if count is None:
             return updates, state
+        check_primary(primary, count)
         precise = jax.tree.map(lambda g, e: g.astype(e.dtype), updates, state.average)
         main = jax.tree.map(lambda g: g[primary], precise)
         others = (jnp.arange(count) != primary).astype(float)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
+from optax_mtl.methods.priority_projection import check_primary
 
 
 def cosine_gating(
@@ -26,6 +27,9 @@ def cosine_gating(
       conflicts with the primary gradient. It is zero where that is zero: this is
       why the method converges to stationary points of the primary loss.
 
+    Raises:
+      ValueError: at the first update, for a task that does not exist.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
@@ -46,6 +50,7 @@ def cosine_gating_weights(
     gram: jax.Array, primary: int = 0, weighted: bool = True
 ) -> jax.Array:
     """Weights of :func:`cosine_gating`, from the Gram matrix, shape ``(T, T)``."""
+    check_primary(primary, len(gram))
     cosines = tasks.cosine_similarity(gram)[primary]
     gates = jnp.maximum(cosines, 0) if weighted else (cosines >= 0).astype(gram.dtype)
     gates = gates.at[primary].set(1)

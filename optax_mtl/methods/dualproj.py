@@ -1,13 +1,16 @@
 """Projection of the average gradient onto the dual cone."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers
+from optax_mtl import base, solvers, tasks
 
 
 def dualproj(
-    *, preference: jax.typing.ArrayLike | None = None
+    *,
+    preference: jax.typing.ArrayLike | None = None,
+    reg_eps: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Dual projection: the nearest to the average gradient that conflicts with none.
 
@@ -21,12 +24,15 @@ def dualproj(
     Args:
       preference: weights of the tasks in the average, shape ``(T,)``; by default
         ``1 / T`` for each task that is present.
+      reg_eps: added to the diagonal of the normalised Gram matrix, 1e-4 in TorchJD;
+        by default the projection is exact.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
 
     Raises:
-      ValueError: for a negative preference, or one of another length than T.
+      ValueError: for a negative ``reg_eps`` or preference, or a preference of
+        another length than T.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -40,12 +46,16 @@ def dualproj(
     References:
       Lopez-Paz and Ranzato, `Gradient Episodic Memory for Continual Learning
       <https://arxiv.org/abs/1706.08840>`_, NeurIPS 2017
+
+    .. note::
+      TorchJD returns the average itself where the gradients are small.
     """
+    base.check_range("reg_eps", reg_eps)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):
         shares = base.preference_among_present(preference, gram, default_total=1.0)
-        return dualproj_weights(gram, shares)
+        return dualproj_weights(regularize(gram, reg_eps), shares)
 
     return base.from_gram(weights_fn)
 
@@ -61,3 +71,9 @@ def dualproj_weights(gram: jax.Array, preference: jax.Array) -> jax.Array:
       Array of shape ``(T,)``.
     """
     return solvers.dual_cone(gram, preference)
+
+
+def regularize(gram: jax.Array, reg_eps: jax.typing.ArrayLike) -> jax.Array:
+    """Adds a multiple of the trace to the diagonal, but not for absent tasks."""
+    exists = tasks.present(gram).astype(gram.dtype)
+    return gram + jnp.diag(reg_eps * jnp.trace(gram) * exists)

@@ -41,6 +41,9 @@ def dwa(
       extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
       means an absent task.
 
+    Raises:
+      ValueError: for a temperature or a window that is not positive.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
@@ -54,7 +57,12 @@ def dwa(
     References:
       Liu et al, `End-To-End Multi-Task Learning With Attention
       <https://arxiv.org/abs/1803.10704>`_, CVPR 2019
+
+    .. note::
+      Some implementations average the weighted losses instead of summing them.
     """
+    base.check_range("temperature", temperature, positive=True)
+    base.check_range("window", window, positive=True)
 
     def init_fn():
         return DWAState(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
+from optax_mtl.methods.priority_projection import check_primary
 
 
 def dynamic_barrier(
@@ -31,6 +32,9 @@ def dynamic_barrier(
     Returns:
       A gradient transformation that aggregates stacked updates.
 
+    Raises:
+      ValueError: at the first update, for a task that does not exist.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
@@ -55,6 +59,7 @@ def dynamic_barrier_weights(
     gram: jax.Array, beta: jax.typing.ArrayLike = 1.0, primary: int = 0
 ) -> jax.Array:
     """Weights of :func:`dynamic_barrier`, from the Gram matrix, shape ``(T, T)``."""
+    check_primary(primary, len(gram))
     main = jnp.arange(len(gram)) == primary
     squared = gram[primary, primary]
     dot = jnp.sum(jnp.where(main, 0, gram[primary]))

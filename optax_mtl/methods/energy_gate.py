@@ -63,7 +63,8 @@ def energy_gate(
       gradient in a tensor takes no part there.
 
     Raises:
-      ValueError: for an unknown granularity.
+      ValueError: for an unknown granularity, or a temperature or boost that is not
+        positive.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -83,6 +84,8 @@ def energy_gate(
             f"granularity is {granularity!r}, but should be 'element', 'channel' or"
             " 'tensor'"
         )
+    base.check_range("temperature", temperature, positive=True)
+    base.check_range("boost", boost, positive=True)
 
     def init_fn(params):
         return EnergyGateState(

@@ -14,11 +14,12 @@ class ExcessMTLState(NamedTuple):
 
     squares: optax.Updates  # Sums of the squared gradients, float32, `(T, *p)`.
     logits: jax.Array  # Logarithms of the weights, largest 0, shape `(T,)`.
-    initial: jax.Array  # First excess risk of each task, 0 before it, `(T,)`.
+    counts: jax.Array  # Steps of each task, up to the warm-up, shape `(T,)`.
+    initial: jax.Array  # Sum of the excess risks in the warm-up, shape `(T,)`.
 
 
 def excess_mtl(
-    num_tasks: int, *, eta: jax.typing.ArrayLike = 1e-2
+    num_tasks: int, *, eta: jax.typing.ArrayLike = 1e-2, warmup_steps: int = 1
 ) -> optax.GradientTransformationExtraArgs:
     r"""Excess-risk weighting (ExcessMTL): more weight for tasks far from their optimum.
 
@@ -36,9 +37,14 @@ def excess_mtl(
     Args:
       num_tasks: number of tasks, T.
       eta: step size of the weights.
+      warmup_steps: steps of equal weights, over which :math:`E_i(0)` is the average;
+        at least 1. The paper takes those of three epochs.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      ValueError: if there is no step to warm up.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -61,6 +67,7 @@ def excess_mtl(
       code adds 1e-7 to the sums; here none, so that the scale of the gradients does
       not matter. Published settings of ``eta`` range from 0.01 to 1.
     """
+    base.check_range("warmup_steps", warmup_steps, positive=True)
 
     def init(params):
         zeros = lambda p: jnp.zeros(
@@ -69,6 +76,7 @@ def excess_mtl(
         return ExcessMTLState(
             squares=jax.tree.map(zeros, params),
             logits=jnp.zeros(num_tasks),
+            counts=jnp.zeros(num_tasks, jnp.int32),
             initial=jnp.zeros(num_tasks),
         )
 
@@ -85,13 +93,17 @@ def excess_mtl(
         )
         excess = jax.tree.reduce(jnp.add, jax.tree.map(excess_leaf, updates, squares))
         exists = excess > 0
-        known = state.initial > 0
-        initial = jnp.where(known, state.initial, excess)
-        growth = eta * excess / jnp.where(initial > 0, initial, 1)
+        known = state.counts >= warmup_steps
+        growth = eta * excess * warmup_steps * base.reciprocal(state.initial)
         logits = state.logits + jnp.where(exists & known, growth, 0)
         finite = base.all_finite(excess)
         weights = jnp.where(finite, excess_mtl_weights(logits, exists), jnp.nan)
-        new_state = ExcessMTLState(squares, logits - logits.max(), initial)
+        new_state = ExcessMTLState(
+            squares=squares,
+            logits=logits - logits.max(),
+            counts=state.counts + (exists & ~known),
+            initial=state.initial + jnp.where(known, 0, excess),
+        )
         return (
             tasks.combine(weights, updates),
             base.keep_if(finite, new_state, state),

@@ -79,8 +79,10 @@ def famo(
       <https://arxiv.org/abs/2306.03792>`_, NeurIPS 2023
 
     .. note::
-      The authors' code and scripts use ``gamma`` from 1e-5 to 1e-2. Differences
-      :math:`D_i` below 1e-8 count as 1e-8.
+      The authors' code and scripts use ``gamma`` from 1e-5 to 1e-2, and some of it
+      clips the update, as ``optax.clip_by_global_norm(1.0)`` does. It adds 1e-8 to
+      :math:`D_i`; here a loss that is not above its bound counts as just above it,
+      so that the units of the losses do not matter.
     """
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
 
@@ -160,7 +162,7 @@ def famo_weights(
     """Weights of :func:`famo`, from the logits and the losses, shape ``(T,)``."""
     exists = losses != 0
     z = jnp.where(exists, jax.nn.softmax(logits, where=exists), 0)
-    ratios = z / _above(losses, min_losses)
+    ratios = z / jnp.where(exists, _above(losses, min_losses), 1)
     return ratios * base.reciprocal(ratios.sum())
 
 
@@ -180,4 +182,5 @@ def famo_gradient(logits: jax.Array, fall: jax.Array, seen: jax.Array) -> jax.Ar
 
 
 def _above(losses, min_losses):
-    return jnp.maximum(losses - min_losses, 1e-8)
+    size = jnp.abs(losses) + jnp.abs(min_losses)
+    return jnp.maximum(losses - min_losses, jnp.finfo(losses.dtype).eps * size)

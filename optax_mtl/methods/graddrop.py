@@ -68,7 +68,8 @@ def graddrop(
 
     .. note::
       The paper resolves gradients at the shared features. To do so, give this
-      method to :func:`~optax_mtl.value_and_grad_at_features`.
+      method to :func:`~optax_mtl.value_and_grad_at_features`. Some code rescales the
+      result to a norm; here none.
     """
     if not isinstance(leak, jax.core.Tracer):
         leak = np.asarray(leak)

@@ -23,6 +23,7 @@ def gradnorm(
     num_tasks: int,
     *,
     alpha: jax.typing.ArrayLike = 1.5,
+    initial_losses: jax.typing.ArrayLike | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient normalization (GradNorm): all tasks train at similar rates.
@@ -43,6 +44,9 @@ def gradnorm(
       num_tasks: number of tasks, T.
       alpha: strength of the pull on tasks that train slowly; 0 makes all norms
         equal.
+      initial_losses: :math:`L_i(0)`, one number or shape ``(T,)``, for losses that
+        depend on the initial parameters; the paper names the logarithm of the number
+        of classes. By default the first loss seen of each task.
       optimizer: of the weights, which it sees one by one; by default
         ``optax.adam(0.025)``.
 
@@ -71,27 +75,28 @@ def gradnorm(
       layer alone with :func:`optax.partition`, or of all shared parameters. Weights
       are clipped at 0.001, since those of the paper may become negative. There is
       no official code; implementations differ in the parametrization of the
-      weights and in what counts as the initial loss, here the first one seen.
+      weights and in what counts as the initial loss.
     """
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
+    known_losses = 0.0 if initial_losses is None else initial_losses
 
     def init_fn():
         weights = jnp.ones(num_tasks)
         return GradNormState(
             weights=weights,
-            initial_losses=jnp.zeros(num_tasks),
+            initial_losses=jnp.full(num_tasks, known_losses, float),
             optimizer=jax.vmap(optimizer.init)(weights),
         )
 
     def step(state, gram, losses):
         exists = tasks.present(gram) & (losses != 0)
         first = exists & (state.initial_losses == 0)
-        initial_losses = jnp.where(first, losses, state.initial_losses)
+        initial = jnp.where(first, losses, state.initial_losses)
         # Among the tasks that are present, the weights sum to their number.
         stored = jnp.where(exists, state.weights, 0)
         weights = stored * (exists.sum() * base.reciprocal(stored.sum()))
 
-        rates = jnp.where(exists, losses * base.reciprocal(initial_losses), 0)
+        rates = jnp.where(exists, losses * base.reciprocal(initial), 0)
         gradient = gradnorm_gradient(weights, jnp.diagonal(gram) ** 0.5, rates, alpha)
         new, opt_state = base.update_each(
             exists, optimizer, gradient, state.optimizer, weights
@@ -100,7 +105,7 @@ def gradnorm(
         new = new * (stored.sum() * base.reciprocal(new.sum()))
         return weights, GradNormState(
             weights=jnp.where(exists, new, state.weights),
-            initial_losses=initial_losses,
+            initial_losses=initial,
             optimizer=opt_state,
         )
 

@@ -69,7 +69,8 @@ def gradvac(
     .. note::
       Several implementations forget at ``beta=0.5``, and one updates an average
       only where it changed a gradient. The paper recommends averages for each
-      layer; here there is one for all parameters that the method is given.
+      layer, which :func:`~optax_mtl.per_group` keeps; here there is one for all
+      parameters that the method is given.
     """
 
     def init_fn():

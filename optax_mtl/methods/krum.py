@@ -8,7 +8,7 @@ from optax_mtl import base, solvers, tasks
 
 
 def krum(
-    num_byzantine: int = 1,
+    num_byzantine: int | None = None,
     *,
     num_selected: int | None = None,
     squared: bool = True,
@@ -26,7 +26,8 @@ def krum(
       \sum_{j \in N_i} \|g_i - g_j\|^2.
 
     Args:
-      num_byzantine: :math:`f`, at most ``T - 3`` unless it is 0.
+      num_byzantine: :math:`f`, at most ``T - 3`` unless it is 0. By default 1, or 0
+        for three tasks and fewer.
       num_selected: :math:`m`, at most T; 1 is Krum. By default ``T - f``.
       squared: whether the score sums squared distances, as in the paper, or
         distances.
@@ -55,11 +56,8 @@ def krum(
       Tasks that tie for the last place share it. With absent tasks, T is the number
       of the others; if that is too small, the score is the distance to the nearest.
     """
-    if num_byzantine < 0 or (num_selected is not None and num_selected < 1):
-        raise ValueError(
-            f"num_byzantine={num_byzantine} should be at least 0, and"
-            f" num_selected={num_selected} at least 1"
-        )
+    base.check_range("num_byzantine", num_byzantine)
+    base.check_range("num_selected", num_selected, positive=True)
 
     def weights_fn(gram):
         return krum_weights(gram, num_byzantine, num_selected, squared)
@@ -69,13 +67,13 @@ def krum(
 
 def krum_weights(
     gram: jax.Array,
-    num_byzantine: int = 1,
+    num_byzantine: int | None = None,
     num_selected: int | None = None,
     squared: bool = True,
 ) -> jax.Array:
     """Weights of :func:`krum`, from the Gram matrix of the task gradients."""
     num_tasks = len(gram)
-    if num_byzantine > max(num_tasks - 3, 0):
+    if num_byzantine is not None and num_byzantine > max(num_tasks - 3, 0):
         raise ValueError(
             f"krum with num_byzantine={num_byzantine} needs at least"
             f" {num_byzantine + 3} tasks, but there are {num_tasks}; lower"
@@ -89,16 +87,17 @@ def krum_weights(
     gram, _ = solvers.normalize_gram(gram)
     exists = tasks.present(gram)
     count = exists.sum()
+    excluded = count > 3 if num_byzantine is None else num_byzantine
     squares = jnp.diagonal(gram)
     distances = jnp.maximum(jnp.add.outer(squares, squares) - 2 * gram, 0)
     distances = distances if squared else jnp.sqrt(distances)
     others = jnp.outer(exists, exists) & ~jnp.eye(num_tasks, dtype=bool)
     nearest = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
-    neighbours = jnp.clip(count - num_byzantine - 2, 1, jnp.maximum(count - 1, 1))
+    neighbours = jnp.clip(count - excluded - 2, 1, jnp.maximum(count - 1, 1))
     nearest = jnp.where(jnp.isfinite(nearest), nearest, 0)
     scores = nearest @ (jnp.arange(num_tasks) < neighbours).astype(gram.dtype)
     scores = jnp.where(exists, scores, jnp.inf)
-    wanted = count - num_byzantine if num_selected is None else num_selected
+    wanted = count - excluded if num_selected is None else num_selected
     selected = jnp.clip(wanted, 1, jnp.maximum(count, 1))
     # Rounding errors do not decide between equal scores.
     gap = scores - jnp.sort(scores)[selected - 1]

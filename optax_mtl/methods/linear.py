@@ -74,6 +74,6 @@ def mean() -> optax.GradientTransformationExtraArgs:
     """
     return base.from_state(
         optax.EmptyState,
-        lambda state, count: (jnp.full(count, 1 / count, jnp.float32), state),
+        lambda state, count: (jnp.full(count, 1 / count), state),
         reads=[],
     )

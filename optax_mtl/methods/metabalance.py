@@ -7,6 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
+from optax_mtl.methods.priority_projection import check_primary
+
+# What the ratio of the norms is clipped to.
+_STRATEGIES = {"both": (0, jnp.inf), "reduce": (0, 1), "enlarge": (1, jnp.inf)}
 
 
 class MetaBalanceState(NamedTuple):
@@ -22,6 +26,7 @@ def metabalance(
     relax: jax.typing.ArrayLike = 0.7,
     decay: jax.typing.ArrayLike = 0.9,
     primary: int = 0,
+    strategy: str = "both",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brings the auxiliary gradients close to the primary one in magnitude.
 
@@ -37,10 +42,15 @@ def metabalance(
       relax: :math:`r`; 1 makes the norms equal, and 0 gives the plain sum.
       decay: of the moving averages of the norms.
       primary: number of the primary task, :math:`p`.
+      strategy: whether to ``"reduce"`` only gradients larger than the primary one,
+        to ``"enlarge"`` only smaller ones, or ``"both"``, as the authors' code does.
 
     Returns:
       A gradient transformation that aggregates stacked updates. A tensor that the
       primary task has no gradient for gets the plain sum.
+
+    Raises:
+      ValueError: for an unknown ``strategy``, or a task that does not exist.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -55,11 +65,12 @@ def metabalance(
       He et al, `MetaBalance: Improving Multi-Task Recommendations via Adapting
       Gradient Magnitudes of Auxiliary Tasks <https://arxiv.org/abs/2203.06801>`_,
       WWW 2022
-
-    .. note::
-      As the authors' code, this enlarges weak gradients and reduces strong ones; the
-      paper has strategies that do one of the two.
     """
+    if strategy not in _STRATEGIES:
+        raise ValueError(
+            f"there is no strategy {strategy!r}; choose one of {', '.join(_STRATEGIES)}"
+        )
+    check_primary(primary, num_tasks)
 
     def init_fn(params):
         return MetaBalanceState(
@@ -84,6 +95,7 @@ def metabalance(
             norm = norm / (1 - decay ** jnp.maximum(count, 1))
             known = (count > 0) & (count[primary] > 0)
             ratio = jnp.where(known, norm[primary] / jnp.where(known, norm, 1), 1)
+            ratio = jnp.clip(ratio, *_STRATEGIES[strategy])
             return tasks.combine((ratio - 1) * relax + 1, g)
 
         new_state = MetaBalanceState(counts, norms)

@@ -61,7 +61,7 @@ def modo(
 
     .. note::
       The authors' code adds the two batches instead of averaging them; another
-      implementation applies the weights to a third batch.
+      implementation applies the weights to a third batch, and has ``gamma=1e-3``.
     """
 
     def step(state, gram):

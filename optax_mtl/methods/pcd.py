@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from optax_mtl import base, solvers, tasks
+from optax_mtl.methods.priority_projection import check_primary
 
 
 class PCDState(NamedTuple):
@@ -52,7 +53,7 @@ def pcd(
       A gradient transformation that aggregates stacked updates.
 
     Raises:
-      ValueError: if ``tau`` is not in [0, 1].
+      ValueError: if ``tau`` is not in [0, 1], or for a task that does not exist.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -76,6 +77,7 @@ def pcd(
         values = np.asarray(tau)
         if not np.all((values >= 0) & (values <= 1)):
             raise ValueError(f"tau should be in [0, 1], but is {values}")
+    check_primary(primary, num_tasks)
 
     def init_fn():
         return PCDState(

@@ -15,7 +15,9 @@ class PCGradState(NamedTuple):
     key: jax.Array  # For the orders of projection.
 
 
-def pcgrad(key: int | jax.Array = 0) -> optax.GradientTransformationExtraArgs:
+def pcgrad(
+    key: int | jax.Array = 0, *, order: str = "random"
+) -> optax.GradientTransformationExtraArgs:
     r"""Projecting conflicting gradients (PCGrad), or gradient surgery.
 
     Visits for each task :math:`i` the other tasks in random order, projects
@@ -30,11 +32,15 @@ def pcgrad(key: int | jax.Array = 0) -> optax.GradientTransformationExtraArgs:
     For two tasks the result conflicts with neither; for more it may.
 
     Args:
-      key: seed or typed random key for the orders, drawn anew for each task and
-        step, as in the paper.
+      key: seed or typed random key for the orders.
+      order: ``"random"``, drawn anew for each task and step, as in the paper; or
+        ``"fixed"``, the order of the tasks, as in the authors' first code.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      ValueError: for another order.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -50,15 +56,19 @@ def pcgrad(key: int | jax.Array = 0) -> optax.GradientTransformationExtraArgs:
       <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020
 
     .. note::
-      Several implementations average instead of summing, and the authors' first
-      code visits the tasks in a fixed order.
+      Several implementations average instead of summing: chain with
+      :func:`optax.scale` to do so. For an order of importance see
+      :func:`~optax_mtl.priority_projection`.
     """
+    if order not in ("random", "fixed"):
+        raise ValueError(f"order is {order!r}, but should be 'random' or 'fixed'")
 
     def step(state, gram):
         key, order_key = jax.random.split(state.key)
-        return pcgrad_weights(gram, random_orders(order_key, len(gram))), PCGradState(
-            key
-        )
+        orders = jnp.tile(jnp.arange(len(gram)), (len(gram), 1))
+        if order == "random":
+            orders = random_orders(order_key, len(gram))
+        return pcgrad_weights(gram, orders), PCGradState(key)
 
     return base.from_state(
         lambda: PCGradState(base.make_key(key)), step, reads=["gram"]

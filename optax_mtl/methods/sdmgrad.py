@@ -70,9 +70,10 @@ def sdmgrad(
       Stochastic Algorithms <https://arxiv.org/abs/2305.18409>`_, NeurIPS 2023
 
     .. note::
-      The paper applies the weights to a third batch. The steps of the authors' code
-      have a fixed size of 10 and momentum, and do not converge; here their size is
-      the inverse of the Frobenius norm of the matrix.
+      The paper applies the weights to a third batch. In the authors' code the three
+      batches are one, the class has ``regularization=0.6``, and the steps have a
+      fixed size of 10 and momentum, and do not converge; here their size is the
+      inverse of the Frobenius norm of the matrix.
     """
     preference = base.check_preference(preference)
 

@@ -1,5 +1,6 @@
 """Smooth Tchebycheff scalarization."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,8 +10,8 @@ import optax
 from optax_mtl import base
 
 
-class STCHState(NamedTuple):
-    """State of :func:`stch` while it measures the nadir."""
+class MeasuredLossesState(NamedTuple):
+    """State of a method that measures its reference losses first."""
 
     counts: jax.Array  # Steps of each task, up to the end of the window, `(T,)`.
     total: jax.Array  # Sum of the losses in the window, `(T,)`.
@@ -58,7 +59,7 @@ def stch(
 
     Raises:
       ValueError: for another objective, for a preference with ``"log"``, and for a
-        negative preference.
+        negative preference, a ``mu`` or a ``window`` that is not positive.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -77,6 +78,7 @@ def stch(
         raise ValueError(f"there is no objective {objective!r}; choose log or linear")
     if objective == "log" and preference is not None:
         raise ValueError("a preference needs objective='linear'")
+    base.check_range("mu", mu, positive=True)
     preference = base.check_preference(preference)
 
     if objective == "linear":
@@ -89,25 +91,58 @@ def stch(
 
         return base.from_losses(linear_fn)
 
+    return with_reference(
+        lambda losses, nadir: stch_weights(losses, nadir, mu),
+        num_tasks,
+        reference,
+        warmup_steps,
+        window,
+    )
+
+
+def with_reference(
+    weights_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    num_tasks: int,
+    reference: jax.typing.ArrayLike | None,
+    warmup_steps: int,
+    window: int,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method that compares the losses with given or with measured ones.
+
+    Args:
+      weights_fn: from the losses and the reference, each of shape ``(T,)``, to the
+        weights, ``(T,)``.
+      num_tasks: number of tasks, T.
+      reference: one number or shape ``(T,)``; ``None`` takes the average over a window
+        of steps, in and before which the sum of the log losses is minimised.
+      warmup_steps: steps before the window.
+      window: number of steps in it.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+    """
     if reference is not None:
-        nadir = jnp.asarray(reference, jnp.result_type(float))
-        return base.from_losses(lambda losses: stch_weights(losses, nadir, mu))
+        given = jnp.asarray(reference, float)
+        return base.from_losses(lambda losses: weights_fn(losses, given))
+    base.check_range("window", window, positive=True)
 
     def init_fn():
-        return STCHState(jnp.zeros(num_tasks, jnp.int32), jnp.zeros(num_tasks))
+        return MeasuredLossesState(
+            jnp.zeros(num_tasks, jnp.int32), jnp.zeros(num_tasks)
+        )
 
     def step(state, losses):
         exists = losses != 0
         known = state.counts >= warmup_steps + window
-        nadir = jnp.where(known, state.total / window, 1)
+        measured = jnp.where(known, state.total / window, 1)
         weights = jnp.where(
             jnp.all(known | ~exists),
-            stch_weights(losses, nadir, mu),
+            weights_fn(losses, measured),
             base.reciprocal(losses),
         )
         grows = exists & ~known
         in_window = grows & (state.counts >= warmup_steps)
-        return weights, STCHState(
+        return weights, MeasuredLossesState(
             counts=state.counts + grows,
             total=state.total + jnp.where(in_window, losses, 0),
         )

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import tasks
+from optax_mtl import base, tasks
 
 
-def trimmed_mean(num_trimmed: int = 1) -> optax.GradientTransformationExtraArgs:
+def trimmed_mean(
+    num_trimmed: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
     r"""Trimmed mean: in each coordinate the average without the extreme tasks.
 
     .. math::
@@ -17,7 +19,8 @@ def trimmed_mean(num_trimmed: int = 1) -> optax.GradientTransformationExtraArgs:
 
     Args:
       num_trimmed: :math:`b`, how many of the largest and of the smallest entries to
-        leave out; T is at least :math:`2 b + 1`.
+        leave out; T is at least :math:`2 b + 1`. By default 1, or 0 for two tasks and
+        fewer.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -42,8 +45,7 @@ def trimmed_mean(num_trimmed: int = 1) -> optax.GradientTransformationExtraArgs:
       With absent tasks, T is the number of the others; if that is too small,
       as many entries are left out as can be.
     """
-    if num_trimmed < 0:
-        raise ValueError(f"num_trimmed is {num_trimmed}; it should be at least 0")
+    base.check_range("num_trimmed", num_trimmed)
 
     def init_fn(params):
         del params
@@ -54,14 +56,15 @@ def trimmed_mean(num_trimmed: int = 1) -> optax.GradientTransformationExtraArgs:
         num_tasks = tasks.check_stacked(updates, params)
         if num_tasks is None:
             return updates, state
-        if num_tasks < 2 * num_trimmed + 1:
+        if num_trimmed is not None and num_tasks < 2 * num_trimmed + 1:
             raise ValueError(
                 f"trimmed_mean with num_trimmed={num_trimmed} needs at least"
                 f" {2 * num_trimmed + 1} tasks, but there are {num_tasks}; lower"
                 f" num_trimmed to at most {(num_tasks - 1) // 2}"
             )
         exists = tasks.has_gradient(updates)
-        trim = lambda x: _trimmed_mean(x, exists, num_trimmed)
+        at_most = 1 if num_trimmed is None else num_trimmed
+        trim = lambda x: _trimmed_mean(x, exists, at_most)
         return jax.tree.map(trim, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

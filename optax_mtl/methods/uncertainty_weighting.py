@@ -1,9 +1,11 @@
 """Weighting of losses by uncertainty."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_mtl import base
@@ -22,7 +24,8 @@ class UncertaintyWeightingState(NamedTuple):
 def uncertainty_weighting(
     num_tasks: int,
     *,
-    form: str = "regression",
+    form: str | Sequence[str] = "regression",
+    initial: jax.typing.ArrayLike = 0.0,
     optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Uncertainty weighting: losses divided by a learned variance.
@@ -42,16 +45,17 @@ def uncertainty_weighting(
       form: :math:`(a, b)`: ``"regression"`` (1/2, 1/2), the form of the paper for
         continuous targets; ``"classification"`` (1, 1/2), its form for categorical
         ones; ``"tutorial"`` (1, 1), which is :math:`L_i / \sigma_i^2 +
-        \log \sigma_i^2`.
-      optimizer: for the log-variances, which begin at 0; by default
-        ``optax.adam(0.025)``.
+        \log \sigma_i^2`. One for all tasks, or one for each.
+      initial: log-variances at first, one number or shape ``(T,)``. Some
+        implementations begin at -0.5.
+      optimizer: for the log-variances; by default ``optax.adam(0.025)``.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the extra
       argument ``losses``, shape ``(T,)``. A loss of exactly 0 means an absent task.
 
     Raises:
-      ValueError: for an unknown form.
+      ValueError: for an unknown form, or a number of them other than T.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,16 +73,21 @@ def uncertainty_weighting(
       Geometry and Semantics <https://arxiv.org/abs/1705.07115>`_, CVPR 2018
 
     .. note::
-      The weights of a step are those before its update of the log-variances. Some
-      implementations begin them at -0.5. Losses should be bounded below by 0.
+      The weights of a step are those before its update of the log-variances. Losses
+      should be bounded below by 0.
     """
-    if form not in FORMS:
-        raise ValueError(f"there is no form {form!r}; choose one of {', '.join(FORMS)}")
-    a, b = FORMS[form]
+    forms = [form] * num_tasks if isinstance(form, str) else list(form)
+    unknown = [f for f in forms if f not in FORMS]
+    if unknown or len(forms) != num_tasks:
+        raise ValueError(
+            f"form is {form!r}; choose one of {', '.join(FORMS)}, for all tasks or for"
+            f" each of the {num_tasks}"
+        )
+    a, b = np.array([FORMS[f] for f in forms]).T
     inner = optax.adam(0.025) if optimizer is None else optimizer
 
     def init_fn():
-        log_variances = jnp.zeros(num_tasks, jnp.float32)
+        log_variances = jnp.full(num_tasks, initial, float)
         return UncertaintyWeightingState(
             log_variances, jax.vmap(inner.init)(log_variances)
         )

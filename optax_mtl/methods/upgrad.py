@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, solvers
+from optax_mtl.methods.dualproj import regularize
 
 
 def upgrad(
-    *, preference: jax.typing.ArrayLike | None = None
+    *,
+    preference: jax.typing.ArrayLike | None = None,
+    reg_eps: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""UPGrad: each task gradient, made to conflict with none, averaged.
 
@@ -23,12 +26,15 @@ def upgrad(
     Args:
       preference: weights of the tasks, shape ``(T,)``; by default ``1 / T`` for each
         task that is present.
+      reg_eps: added to the diagonal of the normalised Gram matrix, 1e-4 in the
+        authors' code; by default the projections are exact.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
 
     Raises:
-      ValueError: for a negative preference, or one of another length than T.
+      ValueError: for a negative ``reg_eps`` or preference, or a preference of
+        another length than T.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -44,14 +50,14 @@ def upgrad(
       <https://arxiv.org/abs/2406.16232>`_, 2024
 
     .. note::
-      The projections are exact. The authors' code adds 1e-4 to the diagonal of the
-      normalised Gram matrix, and averages the gradients where they are small.
+      The authors' code averages the gradients where they are small.
     """
+    base.check_range("reg_eps", reg_eps)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):
         shares = base.preference_among_present(preference, gram, default_total=1.0)
-        return upgrad_weights(gram, shares)
+        return upgrad_weights(regularize(gram, reg_eps), shares)
 
     return base.from_gram(weights_fn)
 

@@ -27,6 +27,9 @@ def uw_so(
       extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
       means an absent task.
 
+    Raises:
+      ValueError: for a temperature that is not positive.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
@@ -43,6 +46,7 @@ def uw_so(
     .. note::
       Written from memory of the paper, without its code at hand.
     """
+    base.check_range("temperature", temperature, positive=True)
     return base.from_losses(lambda losses: uw_so_weights(losses, temperature))
 
 

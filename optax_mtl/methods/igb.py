@@ -1,0 +1,68 @@
+"""Improvable gap balancing."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import base
+from optax_mtl.methods.stch import with_reference
+
+
+def igb(
+    num_tasks: int,
+    *,
+    reference: jax.typing.ArrayLike | None = None,
+    warmup_steps: int = 0,
+    window: int = 25,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Improvable gap balancing (IGBv1): more weight for losses that can still fall.
+
+    .. math::
+
+      d = \sum_i w_i \nabla \log L_i, \quad
+      w = T \operatorname{softmax}\left(\frac{L}{z}\right),
+
+    where :math:`L_i / z_i`, the loss relative to an early one, stands for the gap
+    between the loss and the smallest possible one, zero.
+
+    Args:
+      num_tasks: number of tasks, T.
+      reference: :math:`z`, one number or shape ``(T,)``, by default measured: the
+        weights :math:`w` are 1 for ``warmup_steps + window`` steps, and the average
+        loss over the last ``window`` of them is taken.
+      warmup_steps: steps before the window.
+      window: steps to average over. The authors' code takes one epoch.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
+      means an absent task.
+
+    Raises:
+      ValueError: for a window that is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.igb(num_tasks=3, reference=jnp.array([2.0, 1.0, 1.0]))
+      >>> losses = jnp.array([2.0, 0.5, 1.0])
+      >>> update, _ = method.update(jnp.eye(3), method.init(None), losses=losses)
+      >>> print(jnp.array_str(update, precision=3))
+      [0.575 1.396 1.151]
+
+    References:
+      Dai et al, `Improvable Gap Balancing for Multi-Task Learning
+      <https://arxiv.org/abs/2307.15429>`_, UAI 2023
+
+    .. note::
+      The second version of the paper, IGBv2, learns the weights by reinforcement
+      learning, with a policy network of its own.
+    """
+    return with_reference(igb_weights, num_tasks, reference, warmup_steps, window)
+
+
+def igb_weights(losses: jax.Array, reference: jax.Array) -> jax.Array:
+    """Weights of :func:`igb`, from the losses and early ones, shape ``(T,)``."""
+    exists = losses != 0
+    softmax = jax.nn.softmax(losses / reference, where=exists)
+    return exists.sum() * jnp.where(exists, softmax, 0) * base.reciprocal(losses)
