@@ -95,7 +95,7 @@ def compare_training(repeats: int) -> None:
         images = data.load(options)
         experiment = train.make_experiment(options, images)
         batch = data.draw(images, 1, model.num_patches(options), options)
-        batch, state = experiment.place(batch), experiment.init()
+        batch, state = experiment.place(batch), experiment.init(options)
         step = experiment.step.lower(state, batch).compile()
         memory[name] = step.memory_analysis().temp_size_in_bytes / 1e6
         functions[name] = _repeated(step, state, batch)

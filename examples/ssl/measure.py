@@ -9,15 +9,16 @@ own folder; finished runs are not repeated, and an interrupted one goes on.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import pathlib
 import re
 import statistics
 
-import jax
-
 from examples.ssl import config as config_lib
 from examples.ssl import data, model, report, train
+from examples.ssl.config import Config
 
 ROWS = {  # Flags of each.
     "sum, AdamW's own momentum": "--method sum --momentum 0",
@@ -75,8 +76,7 @@ def run(flags: list[str]) -> dict[str, float]:
     folder = pathlib.Path(config.out)
     if not (folder / "results.json").exists():
         print(folder.name)
-        train.main(flags)
-        jax.clear_caches()
+        train.run(config, *prepare(config))
     results = json.loads((folder / "results.json").read_text())
     log = report.read(folder / "log.csv")
     return results | {
@@ -86,10 +86,20 @@ def run(flags: list[str]) -> dict[str, float]:
     }
 
 
+def prepare(config: Config) -> tuple[data.Images, train.Experiment]:
+    """Images and compiled functions, which all rates and seeds of a row share."""
+    return _prepare(dataclasses.replace(config, learning_rate=1.0, seed=0, out=""))
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(config):
+    images = data.load(config)
+    return images, train.make_experiment(config, images)
+
+
 def loss(results: dict[str, float]) -> float:
     """The validation loss, weighed as in training."""
-    config = config_lib.Config()
-    return config.l1_weight * results["l1"] + config.ssim_weight * results["ssim"]
+    return Config.l1_weight * results["l1"] + Config.ssim_weight * results["ssim"]
 
 
 def print_table(runs: dict[str, list[dict[str, float]]]) -> None:
@@ -122,15 +132,13 @@ def plot(runs: dict[str, list[str]], out: pathlib.Path) -> None:
     made = {}
     for name, flags in runs.items():
         config = config_lib.parse(flags)
-        images = data.load(config)
-        experiment = train.make_experiment(config, images)
+        images, experiment = prepare(config)
         with train.open_checkpoints(pathlib.Path(config.out)) as saved:
-            state = train.restore(saved, experiment.init())
+            state = train.restore(saved, experiment.init(config))
         batch = next(data.validation(images, model.num_patches(config), config))
-        pictures = experiment.reconstruct(state, experiment.place(batch))
-        made[name] = pictures.pop("reconstructed")
-    original = pictures.pop("original")
-    report.plot_reconstructions(out, pictures | made | {"original": original}, "")
+        batch = experiment.place(batch)
+        seen, made[name], original = experiment.reconstruct(state, batch)
+    report.plot_reconstructions(out, seen, made, original)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A masked autoencoder with a convolutional encoder, and its losses."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import dm_pix
@@ -32,6 +33,7 @@ class ConvNeXt(NamedTuple):
     depths: tuple[int, ...]
     stem: int = 4
     kernel: int = 7
+    stem_norm: bool = True  # Without it, small ones see how bright a patch is.
 
     @property
     def width(self) -> int:
@@ -70,8 +72,8 @@ ENCODERS: dict[str, MobileNet | ConvNeXt] = {
         ),
         width=576,
     ),
-    "convnext_micro": ConvNeXt((24, 48), (1, 2)),
-    "convnext_mini": ConvNeXt((48, 96), (2, 6)),
+    "convnext_micro": ConvNeXt((24, 48), (1, 2), stem_norm=False),
+    "convnext_mini": ConvNeXt((48, 96), (2, 6), stem_norm=False),
     "convnext_v2_tiny": ConvNeXt((96, 192, 384, 768), (3, 3, 9, 3)),
     "convnext_v2_base": ConvNeXt((128, 256, 512, 1024), (3, 3, 27, 3)),
 }
@@ -160,7 +162,7 @@ class MaskedAutoencoder(nnx.Module):
             losses["contrastive"] = contrastive_loss(*views)
         return losses
 
-    def reconstruct(self, batch: Batch) -> dict[str, jax.Array]:
+    def reconstruct(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Images in [0, 1] of a batch: what the model sees, makes, and should make."""
         pixels, images, mean, std = self._normalize(batch)
         mask = self._mask(jnp.argsort(batch.noise[:, 0], axis=1))
@@ -170,11 +172,7 @@ class MaskedAutoencoder(nnx.Module):
         original, hidden = to_patches(pixels, self.patch), mask[..., None]
         whole = lambda x: from_patches(x, images.shape[1], self.patch)
         seen = jnp.where(hidden, 0.5, original)
-        return {
-            "seen": whole(seen),
-            "reconstructed": whole(jnp.where(hidden, predicted, original)),
-            "original": pixels,
-        }
+        return whole(seen), whole(jnp.where(hidden, predicted, original)), pixels
 
     def _normalize(self, batch):
         mean, std = (jnp.array(x).reshape(1, 1, 1, -1) for x in self.statistics)
@@ -187,15 +185,10 @@ class MaskedAutoencoder(nnx.Module):
         return mask.at[rows, order[:, : self.num_masked]].set(True)
 
 
-def make(config: Config, images: Images) -> MaskedAutoencoder:
-    """A new model of the images, compiled once for all seeds."""
+def maker(config: Config, images: Images) -> Callable[[jax.Array], MaskedAutoencoder]:
+    """A function that makes a new model of the images from a random key."""
     settings = (config, images.channels, images.num_classes, *images.statistics())
-
-    @nnx.jit
-    def from_key(key):
-        return MaskedAutoencoder(*settings, nnx.Rngs(key))
-
-    return from_key(jax.random.key(config.seed))
+    return nnx.jit(lambda key: MaskedAutoencoder(*settings, nnx.Rngs(key)))
 
 
 def num_patches(config: Config) -> int:
@@ -373,9 +366,10 @@ class _ConvNeXt(nnx.Module):
     def __init__(self, preset, channels, dtype, rngs):
         layers, width, stride = [], channels, preset.stem
         for out, depth in zip(preset.widths, preset.depths, strict=True):
-            norm = nnx.LayerNorm(width if layers else out, dtype=dtype, rngs=rngs)
-            shrink = _Downsample(width, out, stride, dtype, rngs)
-            layers += [norm, shrink] if layers else [shrink, norm]
+            norm = lambda size: nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
+            before = [norm(width)] if layers else []
+            after = [norm(out)] if preset.stem_norm and not layers else []
+            layers += [*before, _Downsample(width, out, stride, dtype, rngs), *after]
             layers += [
                 _ConvNeXtBlock(out, preset.kernel, dtype, rngs) for _ in range(depth)
             ]

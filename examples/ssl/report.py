@@ -2,11 +2,12 @@
 
 import csv
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
+Pictures = np.ndarray | jax.Array
 TITLES = {"l1": "L1", "ssim": "1 - SSIM", "cosine": "smallest cosine of two tasks"}
 
 
@@ -43,8 +44,8 @@ def plot_curves(folder: pathlib.Path, tasks: list[str], title: str) -> None:
     import matplotlib.pyplot as plt
 
     rows = read(folder / "log.csv")
-    figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(4 * len(tasks) + 4, 3.2))
-    panels = [*tasks, "cosine"]
+    panels = [*tasks, "cosine"] if rows[0]["cosine"] else tasks
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
     for axis, name in zip(axes, panels, strict=True):
         for column, style in ((name, "-"), (f"valid_{name}", "o-")):
             points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
@@ -54,8 +55,9 @@ def plot_curves(folder: pathlib.Path, tasks: list[str], title: str) -> None:
                 axis.plot(*zip(*points), style, ms=3, alpha=alpha, label=label)
         axis.set(xlabel="step", title=TITLES.get(name, name))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set(ylim=(-1.05, 1.05))
-    axes[-1].axhline(0, color="gray", lw=0.5)
+        if name == "cosine":
+            axis.set(ylim=(-1.05, 1.05))
+            axis.axhline(0, color="gray", lw=0.5)
     axes[0].legend(frameon=False)
     figure.suptitle(title)
     figure.tight_layout()
@@ -64,12 +66,18 @@ def plot_curves(folder: pathlib.Path, tasks: list[str], title: str) -> None:
 
 
 def plot_reconstructions(
-    folder: pathlib.Path, rows: Mapping[str, Any], title: str, columns: int = 10
+    folder: pathlib.Path,
+    seen: Pictures,
+    made: dict[str, Pictures],
+    original: Pictures,
+    title: str = "",
+    columns: int = 10,
 ) -> None:
-    """Rows of images in [0, 1], each with its name on the left."""
+    """Rows of images in [0, 1]: seen by the models, made by each, and the original."""
     import matplotlib.pyplot as plt
 
-    columns = min(columns, *map(len, rows.values()))
+    rows = {"seen": seen, **made, "original": original}
+    columns = min(columns, len(original))
     size = (columns + 1.2, len(rows) + 0.3)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -40,10 +39,10 @@ class State(NamedTuple):
 class Experiment(NamedTuple):
     """The functions of a run."""
 
-    init: Callable[[], State]
+    init: Callable[[Config], State]  # Reads the seed and the learning rate.
     step: Callable[..., tuple[State, dict[str, jax.Array]]]  # State and batch.
     evaluate: Callable[..., dict[str, jax.Array]]  # State and batch.
-    reconstruct: Callable[..., dict[str, jax.Array]]  # State and batch.
+    reconstruct: Callable[..., Any]  # State and batch.
     place: Callable[[data.Batch], data.Batch]  # A batch on the devices.
     tasks: list[str]
 
@@ -51,23 +50,28 @@ class Experiment(NamedTuple):
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Trains and writes logs, checkpoints and figures; returns the last validation."""
     config = config_lib.parse(arguments)
-    num_patches = model.num_patches(config)
     model.num_masked(config)
     images = data.load(config)
-    experiment = make_experiment(config, images)
+    return run(config, images, make_experiment(config, images))
+
+
+def run(
+    config: Config, images: data.Images, experiment: Experiment
+) -> dict[str, float]:
+    """As :func:`main`, with an experiment that may have served other runs."""
     folder = pathlib.Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with open_checkpoints(folder) as saved:
         start = saved.latest_step() or 0
         _check_folder(folder, config, start)
-        state = restore(saved, experiment.init())
+        state = restore(saved, experiment.init(config))
         state, speed = fit(config, experiment, images, state, start, folder, saved)
 
     title = f"{config.method}, {config.mode}" if config.method != "sum" else "sum"
     report.plot_curves(folder, experiment.tasks, title)
-    batch = next(data.validation(images, num_patches, config))
-    pictures = experiment.reconstruct(state, experiment.place(batch))
-    report.plot_reconstructions(folder, pictures, title)
+    batch = next(data.validation(images, model.num_patches(config), config))
+    seen, made, original = experiment.reconstruct(state, experiment.place(batch))
+    report.plot_reconstructions(folder, seen, {"made": made}, original, title)
     results = validate(config, experiment, images, state) | speed
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(", ".join(f"{name} {value:.4g}" for name, value in results.items()))
@@ -90,11 +94,13 @@ def restore(saved: ocp.CheckpointManager, fresh: State) -> State:
 def make_experiment(config: Config, images: data.Images) -> Experiment:
     """Makes the functions of a run, compiled when they are first called."""
     replicated, split = _devices(config)
-    tx = make_optimizer(config, num_tasks=2 + (config.third_task != "none"))
-    network = model.make(config, images)
-    graph, params, statistics, rest = nnx.split(
-        network, nnx.Param, nnx.BatchStat, nnx.Variable
+    num_tasks = 2 + (config.third_task != "none")
+    tx = make_optimizer(config, num_tasks)
+    make_model = model.maker(config, images)
+    split_model = lambda seed: nnx.split(
+        make_model(jax.random.key(seed)), nnx.Param, nnx.BatchStat, nnx.Variable
     )
+    graph, params, statistics, rest = split_model(config.seed)
     train = not config.evaluation_mode
 
     def losses_fn(params, batch, statistics, train=train):
@@ -152,10 +158,10 @@ def make_experiment(config: Config, images: data.Images) -> Experiment:
         network = nnx.merge(graph, state.params, state.statistics, rest, copy=True)
         return network.reconstruct(batch)
 
-    def init():
-        fresh = jax.tree.map(jnp.copy, (params, statistics))
-        state = State(*fresh, jax.jit(tx.init)(params))
-        return jax.device_put(state, replicated)
+    def init(config):
+        _, params, statistics, _ = split_model(config.seed)
+        opt_state = jax.jit(make_optimizer(config, num_tasks).init)(params)
+        return jax.device_put(State(params, statistics, opt_state), replicated)
 
     def place(batch):
         rows = split if len(batch.images) % split.mesh.size == 0 else replicated
