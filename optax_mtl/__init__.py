@@ -31,6 +31,7 @@ from optax_mtl.methods.cagrad import cagrad as cagrad
 from optax_mtl.methods.config import config as config
 from optax_mtl.methods.coordinate_median import coordinate_median as coordinate_median
 from optax_mtl.methods.cosine_gating import cosine_gating as cosine_gating
+from optax_mtl.methods.cosmos import cosmos as cosmos
 from optax_mtl.methods.db_mtl import db_mtl as db_mtl
 from optax_mtl.methods.dualproj import dualproj as dualproj
 from optax_mtl.methods.dwa import dwa as dwa
@@ -69,6 +70,7 @@ from optax_mtl.methods.mgda import mgda as mgda
 from optax_mtl.methods.moco import moco as moco
 from optax_mtl.methods.modo import modo as modo
 from optax_mtl.methods.nash_mtl import nash_mtl as nash_mtl
+from optax_mtl.methods.pbi import pbi as pbi
 from optax_mtl.methods.pcd import pcd as pcd
 from optax_mtl.methods.pcgrad import pcgrad as pcgrad
 from optax_mtl.methods.priority_projection import (

@@ -15,6 +15,7 @@ from optax_mtl.methods import (
     config,
     coordinate_median,
     cosine_gating,
+    cosmos,
     db_mtl,
     dualproj,
     dwa,
@@ -42,6 +43,7 @@ from optax_mtl.methods import (
     moco,
     modo,
     nash_mtl,
+    pbi,
     pcd,
     pcgrad,
     priority_projection,
@@ -588,6 +590,30 @@ METHODS: dict[str, Entry] = {
         state="tasks",
         promises="symmetric rotates scales scale_free linear_in_scales agrees"
         " ignores_absent",
+    ),
+    "cosmos": _row(
+        cosmos.cosmos,
+        "loss",
+        (
+            "Scalable Pareto Front Approximation for Deep Multi-Objective Learning",
+            "ICDM 2021",
+            "https://arxiv.org/abs/2103.13392",
+        ),
+        reads="losses",
+        scale="own",
+        promises="symmetric rotates scales linear_in_scales ignores_absent",
+    ),
+    "pbi": _row(
+        pbi.pbi,
+        "loss",
+        (
+            "MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition",
+            "IEEE TEVC 2007",
+            "https://doi.org/10.1109/TEVC.2007.892759",
+        ),
+        reads="losses",
+        scale="own",
+        promises="symmetric rotates scales linear_in_scales ignores_absent",
     ),
     "uw_so": _row(
         uw_so.uw_so,

@@ -4,6 +4,7 @@ from optax_mtl.methods.aligned_mtl import aligned_mtl_weights as aligned_mtl
 from optax_mtl.methods.cagrad import cagrad_weights as cagrad
 from optax_mtl.methods.config import config_weights as config
 from optax_mtl.methods.cosine_gating import cosine_gating_weights as cosine_gating
+from optax_mtl.methods.cosmos import cosmos_weights as cosmos
 from optax_mtl.methods.dualproj import dualproj_weights as dualproj
 from optax_mtl.methods.dwa import dwa_weights as dwa
 from optax_mtl.methods.dynamic_barrier import dynamic_barrier_weights as dynamic_barrier
@@ -23,6 +24,7 @@ from optax_mtl.methods.inverse_norm import inverse_norm_weights as inverse_norm
 from optax_mtl.methods.krum import krum_weights as krum
 from optax_mtl.methods.mgda import mgda_weights as mgda
 from optax_mtl.methods.nash_mtl import nash_mtl_weights as nash_mtl
+from optax_mtl.methods.pbi import pbi_weights as pbi
 from optax_mtl.methods.pcd import pcd_weights as pcd
 from optax_mtl.methods.pcgrad import pcgrad_weights as pcgrad
 from optax_mtl.methods.priority_projection import (
@@ -40,6 +42,7 @@ __all__ = [
     "cagrad",
     "config",
     "cosine_gating",
+    "cosmos",
     "dualproj",
     "dwa",
     "dynamic_barrier",
@@ -57,6 +60,7 @@ __all__ = [
     "learn_log",
     "mgda",
     "nash_mtl",
+    "pbi",
     "pcd",
     "pcgrad",
     "priority_projection",

@@ -199,18 +199,54 @@ def test_stch_measures_the_nadir():
     np.testing.assert_allclose(updates[6:], expected[6:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["log", "linear"])
-def test_stch_weights_are_the_gradient_of_the_objective(objective):
-    z, mu = jnp.array([0.3, 0.2, 0.5]), 0.7
-    if objective == "log":
-        phi = lambda x: 3 * mu * jax.nn.logsumexp(jnp.log(x / z) / mu)
-    else:
-        p = jnp.array([0.2, 0.5, 0.3])
-        phi = lambda x: mu * jax.nn.logsumexp(p * (x - z) / mu)
-    options = {"preference": p} if objective == "linear" else {}
-    method = make("stch", 3, mu=mu, objective=objective, reference=z, **options)
+IDEAL, PREFERENCE = jnp.array([0.3, 0.2, 0.5]), jnp.array([0.2, 0.5, 0.3])
+
+
+def cosine_with_preference(x):
+    norm = jnp.linalg.norm
+    return PREFERENCE @ x / norm(PREFERENCE) / norm(x)
+
+
+def distances_from_ray(x):
+    ray = PREFERENCE / jnp.linalg.norm(PREFERENCE)
+    along = (x - IDEAL) @ ray
+    return along, jnp.linalg.norm(x - IDEAL - along * ray)
+
+
+OBJECTIVES = {
+    "stch log": (
+        optax_mtl.stch(3, 0.7, reference=IDEAL),
+        lambda x: 3 * 0.7 * jax.nn.logsumexp(jnp.log(x / IDEAL) / 0.7),
+    ),
+    "stch linear": (
+        optax_mtl.stch(
+            3, 0.7, objective="linear", reference=IDEAL, preference=PREFERENCE
+        ),
+        lambda x: 0.7 * jax.nn.logsumexp(PREFERENCE * (x - IDEAL) / 0.7),
+    ),
+    "cosmos": (
+        optax_mtl.cosmos(3.0, preference=PREFERENCE),
+        lambda x: PREFERENCE @ x - 3 * cosine_with_preference(x),
+    ),
+    "pbi": (
+        optax_mtl.pbi(preference=PREFERENCE, reference=IDEAL),
+        lambda x: jnp.dot(jnp.array([1, 5.0]), jnp.array(distances_from_ray(x))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_weights_are_the_gradient_of_the_objective(name):
+    method, objective = OBJECTIVES[name]
     found, _ = method.update(jnp.eye(3), method.init(None), losses=LOSSES)
-    np.testing.assert_allclose(found, jax.grad(phi)(LOSSES), rtol=1e-5)
+    np.testing.assert_allclose(found, jax.grad(objective)(LOSSES), rtol=1e-5)
+
+
+def test_pbi_on_the_ray_has_no_penalty():
+    method = optax_mtl.pbi(preference=PREFERENCE)
+    found, _ = method.update(jnp.eye(3), method.init(None), losses=7 * PREFERENCE)
+    expected = PREFERENCE / jnp.linalg.norm(PREFERENCE)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_stch_refuses():

@@ -95,4 +95,4 @@ def cagrad_weights(
     nothing = norm_squared <= len(gram) * jnp.finfo(gram.dtype).eps * terms
     length = jnp.sqrt(jnp.where(nothing, 1, norm_squared))
     at_best = average + radius / length * hull
-    return jnp.where(nothing, jnp.where(c < 1, average, 0), at_best)
+    return jnp.where(nothing, jnp.where(jnp.less(c, 1), average, 0), at_best)

@@ -84,8 +84,7 @@ def stch(
     if objective == "linear":
 
         def linear_fn(losses):
-            exists = jnp.diag((losses != 0).astype(losses.dtype))
-            p = base.preference_among_present(preference, exists, default_total=1.0)
+            p = preference_of_losses(preference, losses)
             z = 0.0 if reference is None else jnp.asarray(reference, losses.dtype)
             return stch_linear_weights(losses, z, p, mu)
 
@@ -98,6 +97,12 @@ def stch(
         warmup_steps,
         window,
     )
+
+
+def preference_of_losses(preference: jax.Array | None, losses: jax.Array) -> jax.Array:
+    """The preference, by default equal shares of 1; 0 where the loss is exactly 0."""
+    exists = jnp.diag((losses != 0).astype(losses.dtype))
+    return base.preference_among_present(preference, exists, default_total=1.0)
 
 
 def with_reference(
