@@ -34,7 +34,7 @@ class TestEnergyGate:
 
         The sigmoid of log(E_1 / E_2) / temperature is the share of E_1^(1/temperature).
         """
-        temperature, boost, q, r = 0.7, np.array([1.0, 3.0]), 1.5, 0.5
+        temperature, boost, q, r = 0.7, [1.0, 3.0], 1.5, 0.5
         method = optax_mtl.energy_gate(
             2,
             granularity=granularity,
@@ -66,7 +66,7 @@ class TestEnergyGate:
                     energies[i, group] = np.mean(x**2) ** q * aligned**r
                 usual[k] = 0.99 * usual[k] + 0.01 * energies.mean(axis=1)
                 relative = energies / (usual[k] / (1 - 0.99**step))[:, None]
-                shares = (boost[:, None] * relative) ** (1 / temperature)
+                shares = (np.array(boost)[:, None] * relative) ** (1 / temperature)
                 total = shares.sum(axis=0)
                 share = np.where(
                     total > 0, shares[0] / np.where(total > 0, total, 1), 0.5

@@ -61,6 +61,10 @@ class TestPriorityProjection:
         update, _ = apply(method, matrix)
         np.testing.assert_allclose(update, weights @ matrix, rtol=1e-5)
 
+    def test_gated_projection_of_the_specification_conflicts(self, x64):
+        update, _ = apply(optax_mtl.priority_projection(), J3)
+        np.testing.assert_allclose(J3 @ update, [12.67, -1.27, 8.72], atol=5e-3)
+
     def test_gated_two_tasks_is_a_gem(self, x64):
         reference, gradient = J2
         projected = gradient - gradient @ reference / (reference @ reference) * (
@@ -253,6 +257,20 @@ class TestMetaBalance:
                     expected += relax * scaled + (1 - relax) * g[i]
                 np.testing.assert_allclose(update[k], expected, rtol=1e-9)
 
+    @pytest.mark.parametrize(
+        "strategy, factors",
+        [("both", [2, 1, 0.4]), ("reduce", [1, 1, 0.4]), ("enlarge", [2, 1, 1])],
+    )
+    def test_strategies_of_the_paper(self, strategy, factors):
+        norms = np.array([1.0, 2, 5])
+        method = optax_mtl.metabalance(3, relax=1.0, primary=1, strategy=strategy)
+        update, _ = apply(method, np.diag(norms))
+        np.testing.assert_allclose(update, factors * norms, rtol=1e-6)
+
+    def test_says_what_is_wrong(self):
+        with pytest.raises(ValueError, match="choose one of both, reduce, enlarge"):
+            optax_mtl.metabalance(2, strategy="A")
+
     def test_without_relaxation_is_the_plain_sum(self):
         update, _ = apply(optax_mtl.metabalance(3, relax=0.0), J3)
         np.testing.assert_allclose(update, J3.sum(axis=0), rtol=1e-6)
@@ -360,6 +378,15 @@ class TestPCD:
     def test_says_what_is_wrong(self):
         with pytest.raises(ValueError, match=r"tau should be in \[0, 1\]"):
             optax_mtl.pcd(2, tau=1.5)
+
+
+@pytest.mark.parametrize(
+    "name", ["bloop", "cosine_gating", "dynamic_barrier", "metabalance", "pcd"]
+)
+@pytest.mark.parametrize("primary", [-1, 3])
+def test_primary_task_exists(name, primary):
+    with pytest.raises(ValueError, match=f"primary={primary} .* from 0 to 2"):
+        apply(optax_mtl.get(name, 3, primary=primary), J3)
 
 
 @pytest.mark.parametrize(

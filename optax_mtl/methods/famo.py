@@ -182,5 +182,6 @@ def famo_gradient(logits: jax.Array, fall: jax.Array, seen: jax.Array) -> jax.Ar
 
 
 def _above(losses, min_losses):
+    min_losses = jnp.asarray(min_losses, losses.dtype)
     size = jnp.abs(losses) + jnp.abs(min_losses)
     return jnp.maximum(losses - min_losses, jnp.finfo(losses.dtype).eps * size)

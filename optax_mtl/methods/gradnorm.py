@@ -84,7 +84,7 @@ def gradnorm(
         weights = jnp.ones(num_tasks)
         return GradNormState(
             weights=weights,
-            initial_losses=jnp.full(num_tasks, known_losses, float),
+            initial_losses=jnp.full(num_tasks, jnp.asarray(known_losses), float),
             optimizer=jax.vmap(optimizer.init)(weights),
         )
 

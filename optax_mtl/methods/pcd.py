@@ -120,7 +120,7 @@ def pcd_weights(
     main = jnp.arange(len(gram)) == primary
 
     # The dual: the direction is the primary gradient plus multiples of the others.
-    required = tau * jnp.diagonal(normalized) - normalized[primary]
+    required = jnp.asarray(tau) * jnp.diagonal(normalized) - normalized[primary]
     required = jnp.where(main, 0, required)
     hessian = jnp.where(jnp.outer(~main, ~main), normalized, 0)
     multipliers = solvers.nonnegative_qp(hessian, required)

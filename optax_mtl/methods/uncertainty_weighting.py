@@ -87,7 +87,7 @@ def uncertainty_weighting(
     inner = optax.adam(0.025) if optimizer is None else optimizer
 
     def init_fn():
-        log_variances = jnp.full(num_tasks, initial, float)
+        log_variances = jnp.full(num_tasks, jnp.asarray(initial), float)
         return UncertaintyWeightingState(
             log_variances, jax.vmap(inner.init)(log_variances)
         )
