@@ -1,6 +1,8 @@
 """The tables of README.md: each way to resolve, with the same search of its rate.
 
     python -m examples.ssl.measure --data clothing64.npz
+    python -m examples.ssl.measure --data clothing64.npz --out runs/ssl-large \
+        --flags="--batch-size 256 --micro-batches 8"
 
 makes for each row one run at each learning rate, then one with each of three more
 seeds at the rate with the smallest validation loss; with `--figure`, a figure of what
@@ -12,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -40,13 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="FILE.npz")
     parser.add_argument("--out", type=pathlib.Path, default="runs/ssl-measure")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--flags", default="", help="more of them, for train.py")
     parser.add_argument("--figure", action="store_true")
     arguments = parser.parse_args()
     runs = {}
-    for name in ROWS:
-        settings = lambda rate, seed, name=name: make_flags(
-            arguments.data, arguments.out, name, rate, seed
-        )
+    for name in dict.fromkeys([*arguments.rows, YARDSTICK]):
+        settings = functools.partial(make_flags, arguments, name)
         search = {rate: run(settings(rate, SEARCH)) for rate in RATES}
         rate = min(search, key=lambda rate: loss(search[rate]))
         runs[name] = [settings(rate, seed) for seed in SEEDS]
@@ -59,14 +62,15 @@ def main() -> None:
 
 
 def make_flags(
-    file: str, out: pathlib.Path, name: str, rate: str, seed: int
+    arguments: argparse.Namespace, name: str, rate: str, seed: int
 ) -> list[str]:
     """The command line of one run."""
-    words = re.findall(r"\w+", f"{pathlib.Path(file).stem} {name} {rate} {seed}")
+    stem = pathlib.Path(arguments.data).stem
+    words = re.findall(r"\w+", f"{stem} {name} {rate} {seed}")
     return [
-        *(*FLAGS.split(), *ROWS[name].split(), "--data", file),
-        *("--learning-rate", rate, "--seed", str(seed)),
-        *("--out", str(out / "-".join(words))),
+        *(*FLAGS.split(), *arguments.flags.split(), *ROWS[name].split()),
+        *("--data", arguments.data, "--learning-rate", rate, "--seed", str(seed)),
+        *("--out", str(arguments.out / "-".join(words))),
     ]
 
 
@@ -79,10 +83,10 @@ def run(flags: list[str]) -> dict[str, float]:
         train.run(config, *prepare(config))
     results = json.loads((folder / "results.json").read_text())
     log = report.read(folder / "log.csv")
+    conflicts = [float(row["cosine"]) < 0 for row in log if row["cosine"]]
     return results | {
         "rate": config.learning_rate,
-        "cosine": statistics.fmean(float(row["cosine"] or "nan") for row in log),
-        "conflicts": statistics.fmean(int(row["conflicts"] or 0) > 0 for row in log),
+        "conflicts": statistics.fmean(conflicts or [math.nan]),
     }
 
 
@@ -103,23 +107,20 @@ def loss(results: dict[str, float]) -> float:
 
 
 def print_table(runs: dict[str, list[dict[str, float]]]) -> None:
-    """Mean and standard deviation over seeds, in Markdown."""
-    print("| | rate | L1 | difference | 1 - SSIM | difference | cosine | conflicts |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    """Mean and standard deviation over seeds, and the share of steps in conflict."""
+    print("| | rate | L1 | difference | 1 - SSIM | difference | conflicts |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, results in runs.items():
         cells = [f"{results[0]['rate']:g}"]
         for key in "l1", "ssim":
             values = [result[key] for result in results]
             theirs = [result[key] for result in runs[YARDSTICK]]
             differences = [a - b for a, b in zip(values, theirs)]
-            cells += [spread(values, ""), spread(differences, "+")]
-        cells += [f"{mean(results, 'cosine'):.2f}"]
-        cells += [f"{100 * mean(results, 'conflicts'):.0f} %"]
+            cells += [spread(values, "")]
+            cells += [spread(differences, "+") if name != YARDSTICK else ""]
+        share = statistics.fmean(result["conflicts"] for result in results)
+        cells += ["" if math.isnan(share) else f"{100 * share:.0f} %"]
         print(f"| {name} | {' | '.join(cells)} |")
-
-
-def mean(results: list[dict[str, float]], key: str) -> float:
-    return statistics.fmean(result[key] for result in results)
 
 
 def spread(values: list[float], sign: str) -> str:
