@@ -67,7 +67,7 @@ def dwa(
     def init_fn():
         return DWAState(
             seen=jnp.zeros(num_tasks, jnp.int32),
-            history=jnp.ones((2 * window, num_tasks), jnp.float32),
+            history=jnp.ones((2 * window, num_tasks)),
         )
 
     def step(state, losses):

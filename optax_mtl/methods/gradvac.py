@@ -74,7 +74,7 @@ def gradvac(
     """
 
     def init_fn():
-        targets = jnp.zeros((num_tasks, num_tasks), jnp.float32)
+        targets = jnp.zeros((num_tasks, num_tasks))
         return GradVacState(base.make_key(key), targets)
 
     def step(state, gram):
