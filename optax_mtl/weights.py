@@ -18,8 +18,6 @@ from optax_mtl.methods.gls import gls_weights as gls
 from optax_mtl.methods.gradvac import gradvac_weights as gradvac
 from optax_mtl.methods.igb import igb_weights as igb
 from optax_mtl.methods.imtl_g import imtl_g_weights as imtl_g
-from optax_mtl.methods.imtl_l import init_log_weights as init_log
-from optax_mtl.methods.imtl_l import learn_log_weights as learn_log
 from optax_mtl.methods.inverse_norm import inverse_norm_weights as inverse_norm
 from optax_mtl.methods.krum import krum_weights as krum
 from optax_mtl.methods.mgda import mgda_weights as mgda
@@ -54,10 +52,8 @@ __all__ = [
     "gradvac",
     "igb",
     "imtl_g",
-    "init_log",
     "inverse_norm",
     "krum",
-    "learn_log",
     "mgda",
     "nash_mtl",
     "pbi",

@@ -442,6 +442,44 @@ def test_first_step_of_gradvac_is_pcgrad():
     np.testing.assert_allclose(vaccinated, projected, rtol=1e-5)
 
 
+def test_gradvac_changes_vectors_as_the_paper_does():
+    beta, key = 0.3, jax.random.key(2)
+    targets, expected = np.zeros((5, 5)), np.zeros((5, 5))
+    vaccinate = jax.jit(weights.gradvac)
+    with jax.enable_x64(True):
+        for matrix in BATCH[:4]:
+            key, order_key = jax.random.split(key)
+            orders = pcgrad.random_orders(order_key, 5)
+            gram = jnp.asarray(matrix @ matrix.T)
+            found, targets = vaccinate(gram, targets, orders, beta)
+            total = 0
+            for i, order in enumerate(np.asarray(orders)):
+                g = matrix[i].copy()
+                for j in order[order != i]:
+                    length, other = np.linalg.norm(g), np.linalg.norm(matrix[j])
+                    phi, aim = g @ matrix[j] / length / other, expected[i, j]
+                    if phi < aim:
+                        sine = np.sqrt(1 - aim**2)
+                        step = length * (aim * np.sqrt(1 - phi**2) - phi * sine)
+                        g += step / (other * sine) * matrix[j]
+                    expected[i, j] = (1 - beta) * aim + beta * phi
+                total += g
+            np.testing.assert_allclose(found @ matrix, total, rtol=1e-8)
+            np.testing.assert_allclose(targets, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("num_selected", [1, 3])
+def test_krum_scores_like_numpy(squared, num_selected):
+    find = lambda gram: weights.krum(gram, 1, num_selected, squared)
+    for matrix, found in zip(BATCH, in_float64(jax.jit(find), GRAMS)):
+        distances = np.linalg.norm(matrix[:, None] - matrix[None], axis=2)
+        nearest = np.sort(distances ** (2 if squared else 1), axis=1)[:, 1:3]
+        chosen = np.argsort(nearest.sum(axis=1))[:num_selected]
+        expected = np.isin(np.arange(5), chosen) / num_selected
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
 def test_upgrad_of_two_tasks_is_half_of_pcgrad():
     two = random_gradients(2)
     grams = two @ two.transpose(0, 2, 1)

@@ -5,7 +5,7 @@ import optax
 
 from optax_mtl import base, tasks
 from optax_mtl.methods.imtl_g import imtl_g_weights
-from optax_mtl.methods.imtl_l import init_log_weights, learn_log_weights
+from optax_mtl.methods.imtl_l import init_balance, learn_balance
 
 
 def imtl(
@@ -59,10 +59,10 @@ def imtl(
         exists = tasks.present(gram) & (losses != 0)
         scales = jnp.where(exists, jnp.exp(state.log_weights), 0)
         weights = scales * imtl_g_weights(gram * jnp.outer(scales, scales))
-        return weights, learn_log_weights(state, optimizer, losses, exists)
+        return weights, learn_balance(state, optimizer, losses, exists)
 
     return base.from_state(
-        lambda: init_log_weights(num_tasks, optimizer),
+        lambda: init_balance(num_tasks, optimizer),
         step,
         num_tasks,
         reads=["gram", "losses"],

@@ -63,17 +63,17 @@ def imtl_l(
     def step(state, losses):
         exists = losses != 0
         weights = jnp.where(exists, jnp.exp(state.log_weights), 0)
-        return weights, learn_log_weights(state, optimizer, losses, exists)
+        return weights, learn_balance(state, optimizer, losses, exists)
 
     return base.from_state(
-        lambda: init_log_weights(num_tasks, optimizer),
+        lambda: init_balance(num_tasks, optimizer),
         step,
         num_tasks,
         reads=["losses"],
     )
 
 
-def init_log_weights(
+def init_balance(
     num_tasks: int, optimizer: optax.GradientTransformation
 ) -> IMTLLState:
     """Weights of 1 and a state of the optimizer for each."""
@@ -81,7 +81,7 @@ def init_log_weights(
     return IMTLLState(log_weights, jax.vmap(optimizer.init)(log_weights))
 
 
-def learn_log_weights(
+def learn_balance(
     state: IMTLLState,
     optimizer: optax.GradientTransformation,
     losses: jax.Array,
