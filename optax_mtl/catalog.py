@@ -297,7 +297,7 @@ METHODS: dict[str, Entry] = {
         reads="gradients",
         scale="own",
         state="T x P",
-        promises="symmetric rotates agrees ignores_absent",
+        promises="symmetric rotates ignores_absent",
     ),
     "modo": _row(
         modo.modo,
@@ -439,7 +439,7 @@ METHODS: dict[str, Entry] = {
         reads="gradients losses",
         scale="own",
         state="T x P",
-        promises="symmetric rotates scales scale_free agrees ignores_absent",
+        promises="symmetric rotates scales scale_free ignores_absent",
     ),
     "imtl": _row(
         imtl.imtl,
@@ -639,7 +639,7 @@ METHODS: dict[str, Entry] = {
         reads="gradients",
         scale="mean",
         state="P",
-        promises="rotates scales agrees",
+        promises="rotates scales",
     ),
     "cosine_gating": _row(
         cosine_gating.cosine_gating,

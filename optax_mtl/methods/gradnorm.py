@@ -48,7 +48,7 @@ def gradnorm(
         depend on the initial parameters; the paper names the logarithm of the number
         of classes. By default the first loss seen of each task.
       optimizer: of the weights, which it sees one by one; by default
-        ``optax.adam(0.025)``.
+        ``optax.adam(0.025, eps=1e-30)``, indifferent to the size of the gradients.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
@@ -77,7 +77,7 @@ def gradnorm(
       no official code; implementations differ in the parametrization of the
       weights and in what counts as the initial loss.
     """
-    optimizer = optax.adam(0.025) if optimizer is None else optimizer
+    optimizer = optax.adam(0.025, eps=1e-30) if optimizer is None else optimizer
     known_losses = 0.0 if initial_losses is None else initial_losses
 
     def init_fn():

@@ -73,9 +73,7 @@ def imtl_l(
     )
 
 
-def init_balance(
-    num_tasks: int, optimizer: optax.GradientTransformation
-) -> IMTLLState:
+def init_balance(num_tasks: int, optimizer: optax.GradientTransformation) -> IMTLLState:
     """Weights of 1 and a state of the optimizer for each."""
     log_weights = jnp.zeros(num_tasks)
     return IMTLLState(log_weights, jax.vmap(optimizer.init)(log_weights))
