@@ -133,20 +133,22 @@ def make_experiment(config: Config, images: data.Images) -> Experiment:
         measured = {} if stochastic else jax.tree.map(lambda x: x.mean(0), aux[0])
         measured = {name: losses.get(name, measured.get(name)) for name in tasks}
         report = {name: x / _weight(config, name) for name, x in measured.items()}
-        if config.method != "sum":
-            conflicts = optax_mtl.conflicts(optax_mtl.gram(updates))
-            report |= {"cosine": conflicts.min_cosine}
         # The micro-batches start from the same statistics: the mean is their update.
         statistics = aux if stochastic else aux[1]
         statistics = jax.tree.map(lambda x: x.mean(0), statistics)
-        updates, opt_state = tx.update(
+        resolved, opt_state = tx.update(
             updates, state.opt_state, state.params, losses=losses
         )
         arbitration = optax.tree.get(opt_state, "arbitration")
         if arbitration is not None:
+            gram = arbitration.cosines  # GCond has measured them.
             report |= {"conflicts": arbitration.iterations}
             report |= {"winner": arbitration.winners[-1]}
-        params = optax.apply_updates(state.params, updates)
+        elif config.method != "sum":
+            gram = optax_mtl.gram(updates)
+        if config.method != "sum":
+            report |= {"cosine": optax_mtl.conflicts(gram).min_cosine}
+        params = optax.apply_updates(state.params, resolved)
         return State(params, statistics, opt_state), report
 
     @jax.jit
