@@ -34,7 +34,9 @@ def aggregate(name, num_tasks):
         step = lambda state, _: method.update(matrix, state, losses=losses)[::-1]
         return jax.lax.scan(step, method.init(matrix[0]), length=2)[1]
 
-    return jax.jit(jax.vmap(two_steps, in_axes=(0, None)))
+    # Compiling takes the time here, so it is done without optimizing.
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(jax.vmap(two_steps, in_axes=(0, None)), compiler_options=options)
 
 
 def call(name, batch, losses=LOSSES):
