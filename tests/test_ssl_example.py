@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pathlib
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from flax import nnx
 from skimage.metrics import structural_similarity
 
 from examples.ssl import config as config_lib
-from examples.ssl import data, model, train
+from examples.ssl import data, measure, model, train
 
 SMALL = [
     *("--image-size", "8", "--batch-size", "16", "--micro-batches", "2"),
@@ -162,6 +163,31 @@ def test_two_devices_do_what_one_does(file, tmp_path):
     assert any((x != 0).any() for x in means)  # Batch norm has learned.
 
 
+def test_measure_searches_a_rate_for_other_seeds(tmp_path, monkeypatch, capsys):
+    runs = []
+
+    def run(config, *_):
+        runs.append((config.method, config.learning_rate, config.seed))
+        folder = pathlib.Path(config.out)
+        folder.mkdir(parents=True)
+        l1 = config.seed + abs(config.learning_rate - 4e-3)
+        folder.joinpath("results.json").write_text(json.dumps({"l1": l1, "ssim": 0.5}))
+        folder.joinpath("log.csv").write_text("step,cosine\n1,-0.5\n2,0.5\n")
+
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(measure, "prepare", lambda config: ())
+    flags = ["--data", "x.npz", "--out", str(tmp_path), "--rows", "PCGrad, exact"]
+    measure.main(flags)
+    search = [("pcgrad", float(rate), 0) for rate in measure.RATES]
+    assert runs[:8] == [*search, *(("pcgrad", 4e-3, seed) for seed in (1, 2, 3))]
+    assert len(runs) == 16  # As many for the sum, to compare with.
+    cells = ["0.004", "2.000 ± 1.000", "+0.000 ± 0.000", "0.500 ± 0.000"]
+    row = " | ".join(["| PCGrad, exact", *cells, "+0.000 ± 0.000", "50 % |"])
+    assert row in capsys.readouterr().out
+    measure.main(flags)
+    assert len(runs) == 16  # None is repeated.
+
+
 def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match="pip install"):
@@ -276,6 +302,9 @@ def test_a_folder_of_images(tmp_path):
     assert images.train[:].shape == (2, 16, 16, 3) and len(images.valid) == 1
     again = images.train[np.array([1, 0, 1])]
     np.testing.assert_array_equal(again, images.train[:][[1, 0, 1]])
+    assert images.channels == 3 and images.statistics()[0].shape == (3,)
+    for batch in (data.draw(images, 1, 4, config), *data.validation(images, 4, config)):
+        assert batch.images.dtype == np.uint8 and len(batch.images) == len(batch.labels)
     brightness = images.train[:].mean((1, 2, 3))
     np.testing.assert_array_equal(images.train_labels, brightness > 100)
 

@@ -39,14 +39,14 @@ RATES = ["1e-3", "2e-3", "4e-3", "8e-3", "16e-3"]
 SEARCH, SEEDS = 0, [1, 2, 3]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="FILE.npz")
     parser.add_argument("--out", type=pathlib.Path, default="runs/ssl-measure")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--flags", default="", help="more of them, for train.py")
     parser.add_argument("--figure", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     runs = {}
     for name in dict.fromkeys([*arguments.rows, YARDSTICK]):
         settings = functools.partial(make_flags, arguments, name)
