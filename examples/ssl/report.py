@@ -82,8 +82,8 @@ def plot_reconstructions(
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for axis, picture in zip(line, pictures):
-            picture = np.clip(picture, 0, 1)
-            axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, "gray")
+            picture = np.squeeze(np.clip(picture, 0, 1))  # Gray has no third axis.
+            axis.imshow(picture, "gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         place = {"rotation": 0, "ha": "right", "va": "center"}
         line[0].set_ylabel(name.replace(", ", ",\n"), **place)
