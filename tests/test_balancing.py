@@ -356,6 +356,22 @@ def test_sdmgrad_inner_weights():
     np.testing.assert_allclose(w, [0.311605, 0.568625, 0.119771], atol=1e-6)
 
 
+def test_sdmgrad_with_two_batches_like_numpy():
+    (first, second), _ = random_batches(2, 3)
+    method = make("sdmgrad", 3, regularization=0.5, preference=[0.2, 0.3, 0.5])
+    second_updates = jnp.asarray(second)
+    update, state = method.update(
+        first, method.init(None), second_updates=second_updates
+    )
+    products, p, w = first @ second.T, np.array([0.2, 0.3, 0.5]), np.full(3, 1 / 3)
+    for _ in range(20):
+        step = products @ (w + 0.5 * p) / np.linalg.norm(products)
+        w = project_simplex(w - step)
+    np.testing.assert_allclose(state.weights, w, rtol=1e-4, atol=1e-6)
+    expected = (w + 0.5 * p) / 1.5 @ (first + second) / 2
+    np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_sdmgrad_with_the_same_batch_twice_approaches_the_exact_weights():
     method = make("sdmgrad", 3)
 
