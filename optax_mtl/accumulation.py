@@ -110,7 +110,7 @@ def accumulate_task_grads(
             aux = value[1] if has_aux else None
             return (total, _add(totals[1], grads, per_task)), (vector, aux)
 
-        def add_one_task(task, totals, batch):
+        def grads_of_one(task, batch):
             def loss_fn(shared_part, heads):
                 params = gradients.merge(shared_part, heads)
                 value = losses_fn(params, *batch, **kwargs)
@@ -121,32 +121,27 @@ def accumulate_task_grads(
                 return tasks.stack_losses(loss, 1)[0], aux
 
             value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-            out, grads = value_and_grad(shared_part, heads)
-            return _add(totals, grads, per_task), out
+            return value_and_grad(shared_part, heads)
 
-        head_totals = _zeros(heads, dtype)
+        def add_one_task(totals, inputs):
+            task, batch = inputs
+            if hasattr(like, "shape"):
+                out, grads = grads_of_one(task, batch)
+            else:
+                each = [partial(grads_of_one, i) for i in range(num_tasks)]
+                out, grads = jax.lax.switch(task, each, batch)
+            total = _add_at(totals[0], task, grads[0], per_task)
+            return (total, _add(totals[1], grads[1], per_task)), out
+
+        totals = _zeros(shared_part, dtype, num_tasks), _zeros(heads, dtype)
         if one_task_each:
-            rows, outs = [], []
-            for task in range(num_tasks):  # Each the cost of plain accumulation.
-                (row, head_totals), out = jax.lax.scan(
-                    partial(add_one_task, task),
-                    (_zeros(shared_part, dtype), head_totals),
-                    jax.tree.map(lambda x, task=task: x[task::num_tasks], batches),
-                )
-                rows.append(row)
-                outs.append(out)
-            updates = jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
-            in_order = lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
-            vectors, aux = jax.tree.map(in_order, *outs)
+            in_turn = jnp.arange(num_microbatches) % num_tasks
+            totals, out = jax.lax.scan(add_one_task, totals, (in_turn, batches))
         else:
-            (updates, head_totals), (vectors, aux) = jax.lax.scan(
-                add_all_tasks,
-                (_zeros(shared_part, dtype, num_tasks), head_totals),
-                batches,
-            )
+            totals, out = jax.lax.scan(add_all_tasks, totals, batches)
+        vectors, aux = out
         losses = _like_losses(vectors.reshape(per_task, num_tasks).mean(axis=0), like)
-        updates = gradients.merge(updates, head_totals)
-        return ((losses, aux) if has_aux else losses), updates
+        return ((losses, aux) if has_aux else losses), gradients.merge(*totals)
 
     return fn
 

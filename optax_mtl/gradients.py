@@ -158,9 +158,20 @@ def value_and_grad(
                     "gradients cannot be pushed forward through this model, which"
                     " probably has a jax.custom_vjp; use mode='stacked'"
                 ) from error
-            column = lambda grads: tasks.stack_losses(push(grads[0]), None)
+            push_vector = lambda grads: tasks.stack_losses(push(grads), None)
+
+            def column(cotangent):
+                # A branch, always taken, since XLA finishes what precedes a branch:
+                # in one piece, all layers would be pulled and pushed at once.
+                return jax.lax.cond(
+                    tasks.stack_losses(cotangent, None).sum() > 0,
+                    push_vector,
+                    lambda _: jnp.zeros_like(vector),
+                    pull_back(cotangent)[0],
+                )
+
             # A loop, since written out XLA would hold the gradients of all tasks.
-            gram = jax.lax.map(lambda c: column(pull_back(c)), _basis(losses))
+            gram = jax.lax.map(column, _basis(losses))
             return (gram + gram.T) / 2
 
         view = tasks.GramView(len(vector), compute_gram)
