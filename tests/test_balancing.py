@@ -29,11 +29,12 @@ def scan(method):
         update, state = method.update(batch[0], state, losses=batch[1])
         return state, (update, state)
 
-    @jax.jit
-    def go(batches, losses):
+    def all_steps(batches, losses):
         start = method.init(jnp.zeros(batches.shape[2]))
         return jax.lax.scan(step, start, (batches, losses))[1]
 
+    # Compiling takes the time here, so it is done without optimizing.
+    go = jax.jit(all_steps, compiler_options={"xla_backend_optimization_level": 0})
     return lambda batches, losses: go(jnp.asarray(batches), jnp.asarray(losses))
 
 
