@@ -417,6 +417,18 @@ def test_one_compilation_and_stable_state():
             "reference is",
         ),
         (
+            lambda z, m: lib.eagc_pull_backs(
+                lambda c: (c,),
+                z,
+                z[:2],
+                conceptor=jnp.eye(3),
+                reference=z,
+                labelled=m,
+                state=lib.EAGCState(m[0]),
+            ),
+            "cotangent is",
+        ),
+        (
             lambda z, m: lib.coordinate(
                 z, conceptor=jnp.eye(2), weight=m, reference=z, labelled=m
             ),

@@ -10,6 +10,8 @@ import pathlib
 import pickle
 import re
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -379,6 +381,10 @@ def test_weights_file_of_another_kind(tmp_path):
     backbone = model.ViT(PRESET, (8, 8, 3), jnp.float32, nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"\.safetensors or \.npz"):
         model.load_backbone_weights(backbone, str(tmp_path / "weights.pth"))
+    np.savez(tmp_path / "weights.npz", **weights_file("dino"))
+    mlp = model.MLPNet(model.PRESETS["mlp"], (8, 8, 1), jnp.float32, nnx.Rngs(0))
+    with pytest.raises(ValueError, match="for a ViT, not a MLPNet"):
+        model.load_backbone_weights(mlp, str(tmp_path / "weights.npz"))
 
 
 def test_published_sizes():
@@ -411,11 +417,31 @@ def run(out, *flags):
     return train.main([*SMALL, "--out", str(out), *flags])
 
 
+class FakeWriter:
+    """Stands for the writer of tensorboardX, which the tests do without."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.scalars = []
+        self.closed = False
+        FakeWriter.last = self
+
+    def add_scalar(self, name, value, step):
+        assert not self.closed
+        self.scalars.append((name, step, value))
+
+    def close(self):
+        self.closed = True
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A small run of EAGC."""
+    """A small run of EAGC, logged for TensorBoard, too."""
     out = tmp_path_factory.mktemp("gcd") / "run"
-    return out, run(out)
+    module = types.SimpleNamespace(SummaryWriter=FakeWriter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboardX", module)
+        return out, run(out, "--tensorboard")
 
 
 def test_run_writes_results_logs_and_figures(finished):
@@ -429,6 +455,31 @@ def test_run_writes_results_logs_and_figures(finished):
     assert sum(not math.isnan(row["soc"]) for row in steps) == 5
     for name in "curves.png", "features.png", "result.json":
         assert (out / name).stat().st_size > 0
+
+
+def test_tensorboard_gets_the_rows_of_the_logs(finished):
+    out, _ = finished
+    writer = FakeWriter.last
+    assert writer.folder == str(out / "tensorboard") and writer.closed
+    steps, epochs = report.read(out / "steps.csv"), report.read(out / "epochs.csv")
+    written = lambda name: [(s, v) for n, s, v in writer.scalars if n == name]
+    assert written("supervised") == [(r["step"], r["supervised"]) for r in steps]
+    assert written("all") == [(9 * r["epoch"], r["all"]) for r in epochs]
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match="pip install tensorboardX"):
+        train._tensorboard(tmp_path)
+
+
+def test_losses_that_are_not_finite_stop_the_run(tmp_path):
+    metrics = {"step": 0, "supervised": math.nan, "unsupervised": 1.0}
+    step = lambda state, *_, diagnose: (state, metrics)
+    experiment = train.Experiment(None, step, None, None, steps_per_epoch=1)
+    config = Config(out=str(tmp_path), diagnose_steps=0)
+    with pytest.raises(FloatingPointError, match=r"step 0 are not finite.*--lr"):
+        train.discover(config, experiment, None, None, None, None, 0, None)
 
 
 def restore(out, epoch):
@@ -469,9 +520,10 @@ def test_resume_refuses_other_settings(finished):
         run(finished[0], "--resume", "--method", "sum")
 
 
-def test_catalogue_method_and_convnet(tmp_path):
+def test_catalogue_method_convnet_and_rank_statistics(tmp_path):
     results = run(
         tmp_path,
+        *("--objective", "rankstats"),
         *("--method", "pcgrad", "--preset", "convnet", "--epochs", "1"),
         *("--image-size", "12", "--trainable", "last", "--flip"),
     )

@@ -125,6 +125,7 @@ def plot_curves(out: pathlib.Path, title: str) -> None:
         x, y = [row["epoch"] for row in epochs], [row[name] for row in epochs]
         left.plot(x, y, marker=".", label=name.capitalize())
     left.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1), title=title)
+    left.set_xlim(left=0)  # One evaluation alone would show a range of its own.
     left.legend()
     for axis, name in (middle, "gdc"), (right, "soc"):
         rows = [row for row in steps if not math.isnan(row[name])]

@@ -139,7 +139,9 @@ def train_reference(config: Config, reference: model.Reference, images: Images) 
     """Stage 1: trains the reference model in place, on the labelled images only."""
     graph, params, rest = nnx.split(reference, _trains(config), ...)
     init, step, steps_per_epoch = _reference_steps(
-        _without_seed(config), graph, len(images.labelled)
+        dataclasses.replace(_without_seed(config), method=""),
+        graph,
+        len(images.labelled),
     )
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     optimizer_state = init(params)
@@ -389,6 +391,11 @@ def discover(
         rows = [{k: float(v) for k, v in row.items()} for row in pending]
         for row in rows:
             steps.write(row)
+            if not math.isfinite(row["supervised"] + row["unsupervised"]):
+                raise FloatingPointError(
+                    f"the losses of step {row['step']:.0f} are not finite, as in "
+                    f"{steps.path}: try a smaller --lr or --backbone-lr"
+                )
 
         done = epoch + 1
         if done % config.save_every == 0 or done == config.epochs:
@@ -407,6 +414,8 @@ def discover(
                     board.add_scalar(
                         name, value, int(row.get("step", done * per_epoch))
                     )
+    if board is not None:
+        board.close()
 
     report.plot_curves(out, config.method)
     before = in_batches(lambda x: experiment.before(frozen.reference, x), split.images)

@@ -146,6 +146,8 @@ def eagc_pull_backs(
         axis_name=axis_name,
     )
     pull = _anchor_pull(z, reference, labelled, loss_scale, axis_name)
+    if cotangent.shape != z.shape:
+        raise ValueError(f"cotangent is {cotangent.shape}, but z is {z.shape}")
     mask = labelled.astype(cotangent.dtype)[:, None]
     known = _project(cotangent, tau, conceptor)
     cotangents = jnp.stack([mask * cotangent, (1 - mask) * cotangent, known, pull])
