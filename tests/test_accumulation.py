@@ -76,6 +76,19 @@ def test_other_heads_and_losses_are_not_computed():
     assert cost <= 0.5 * flops(every, params, batch[:4])
 
 
+def temporary_memory(fn, *args):
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_micro_batches_take_the_memory_of_one():
+    params = make_params(width=64, outputs=256)
+    fn = optax_mtl.accumulate_task_grads(losses_fn, T, shared=MASK, one_task_each=True)
+    one = jax.value_and_grad(lambda *args: losses_fn(*args)["head_0"])
+    memory = temporary_memory(fn, params, jnp.ones((256 * T, 8)))
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert memory <= temporary_memory(one, params, jnp.ones((256, 8))) + 2 * size
+
+
 def test_accumulators_in_bfloat16():
     fn = optax_mtl.accumulate_task_grads(losses_fn, K, dtype=jnp.bfloat16)
     _, updates = jax.jit(fn)(PARAMS, INPUTS)
