@@ -1,5 +1,7 @@
 """Ways to get task gradients agree with each other, and cost what they promise."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,10 +64,16 @@ def assert_close(tree, other, tolerance=1e-5):
     assert difference <= tolerance * optax.tree.norm(other)
 
 
+# Compiling takes the time of most tests, so it is done without optimizing.
+compiled_fast = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
 def both_modes(losses_fn, method, params, *args, steps=1, **kwargs):
     """Gradients and state after some steps, without and with stacked gradients."""
 
-    @jax.jit
+    @compiled_fast
     def run(params, *args):
         out = []
         for mode in ("gram", "stacked"):
@@ -269,7 +277,7 @@ def masked_losses_fn(params, inputs, targets, mask):
 def test_a_task_without_labels_is_absent(name, mode):
     """The others get what they get alone, and its statistics do not move."""
     params, method = make_params(), optax_mtl.get(name, T)
-    fn = jax.jit(optax_mtl.value_and_grad(masked_losses_fn, method, mode=mode))
+    fn = compiled_fast(optax_mtl.value_and_grad(masked_losses_fn, method, mode=mode))
     everywhere = jnp.ones((16, T)).at[:5, 2].set(0)
     state = method.init(params)
     for _ in range(2):
