@@ -10,6 +10,7 @@ compiled step, by the compiler. Writes benchmarks/gradients.png.
 """
 
 import argparse
+import functools
 import pathlib
 import time
 
@@ -22,6 +23,8 @@ import optax_mtl
 
 FIGURE = pathlib.Path(__file__).with_suffix(".png")
 OUTPUTS = 8  # Of each head.
+PER_TASK = {"K = T": 1, "K = 4T": 4}  # Micro-batches, as multiples of T.
+MAX_TASKS_EACH = 8  # One task each compiles a program for each task.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -92,7 +95,11 @@ def make_problem(trunk, batch_size, num_tasks):
 
 def make_steps(num_tasks, trunk_fn, heads_fn, tx):
     """Training steps, each a function of the parameters, the state and a batch."""
-    losses_fn = lambda params, x, y: heads_fn(params, trunk_fn(params, x, y), x, y)
+
+    def losses_fn(params, x, y, trunk_fn=trunk_fn):
+        return heads_fn(params, trunk_fn(params, x, y), x, y)
+
+    checkpointed = functools.partial(losses_fn, trunk_fn=jax.checkpoint(trunk_fn))
     sum_fn = lambda *args: sum(losses_fn(*args).values())
     shared = {"trunk": True, "heads": False}
     by_gram, by_losses = optax_mtl.pcgrad(), optax_mtl.dwa(num_tasks)
@@ -116,13 +123,13 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
         loss, grads = jax.value_and_grad(sum_fn)(params, *batch)
         return loss, grads, state
 
-    def plain_accumulated(params, state, *batch):
+    def plain_accumulated(count, params, state, *batch):
         def add(total, batch):
             loss, grads = jax.value_and_grad(sum_fn)(params, *batch)
-            add = lambda t, g: t + g / num_tasks
+            add = lambda t, g: t + g / count
             return jax.tree.map(add, total, grads), loss
 
-        split = lambda x: x.reshape(num_tasks, -1, *x.shape[1:])
+        split = lambda x: x.reshape(count, -1, *x.shape[1:])
         zeros = optax.tree.zeros_like(params)
         grads, losses = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
         return losses.mean(), grads, state
@@ -135,6 +142,10 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
             optax_mtl.value_and_grad(losses_fn, by_gram, shared=shared),
             by_gram,
         ),
+        "Gram only, jax.checkpoint": (
+            optax_mtl.value_and_grad(checkpointed, by_gram, shared=shared),
+            by_gram,
+        ),
         "at features": (
             optax_mtl.value_and_grad_at_features(trunk_fn, heads_fn, by_gram),
             by_gram,
@@ -143,14 +154,16 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
             optax_mtl.value_and_grad(losses_fn, by_losses, shared=shared),
             by_losses,
         ),
-        "T micro-batches, plain sum": (plain_accumulated, optax.identity()),
-        "T micro-batches, one task each": resolve(
-            optax_mtl.accumulate_task_grads(
-                losses_fn, num_tasks, shared=shared, one_task_each=True
-            ),
-            route(by_gram),
-        ),
     }
+    if num_tasks <= MAX_TASKS_EACH:
+        for name, per_task in PER_TASK.items():
+            count = per_task * num_tasks
+            accumulate = functools.partial(plain_accumulated, count)
+            ways[f"{name}, plain sum"] = (accumulate, optax.identity())
+            one_task_each = optax_mtl.accumulate_task_grads(
+                losses_fn, count, shared=shared, one_task_each=True
+            )
+            ways[f"{name}, one task each"] = resolve(one_task_each, route(by_gram))
     return {name: make_step(*way, tx) for name, way in ways.items()}
 
 
@@ -169,11 +182,11 @@ def measure(trunk, batch_size, num_tasks, rounds, clock):
     """Shortest time in seconds and temporary memory in bytes of each way."""
     problem = make_problem(trunk, batch_size, num_tasks)
     params, batch, trunk_fn, heads_fn = problem
-    repeat = lambda x: jnp.concatenate([x] * num_tasks)
     calls, memory = {}, {}
     steps = make_steps(num_tasks, trunk_fn, heads_fn, optax.adamw(1e-3))
     for name, (step, init) in steps.items():
-        inputs = jax.tree.map(repeat, batch) if "micro" in name else batch
+        count = num_tasks * PER_TASK.get(name.split(",")[0], 0) or 1
+        inputs = jax.tree.map(lambda x, n=count: jnp.concatenate([x] * n), batch)
         args = (params, jax.jit(init)(params), *inputs)
         compiled = step.lower(*args).compile()
         memory[name] = compiled.memory_analysis().temp_size_in_bytes
@@ -221,8 +234,13 @@ def as_markdown(results) -> str:
             row = [base, way]
             for t in tasks:
                 times, memory, _ = results[model, t]
-                yardstick = "T micro-batches, plain sum"
-                yardstick = yardstick if "micro" in way else "plain sum"
+                if way not in times:
+                    row.append("")
+                    continue
+                first = way.split(",")[0]
+                yardstick = "plain sum"
+                if first in PER_TASK:
+                    yardstick = f"{first}, plain sum"
                 ratio = times[way] / times[yardstick]
                 row.append(f"{ratio:.2f}, {memory[way] / 1e6:.1f}")
             lines.append(f"| {' | '.join(row)} |")
@@ -246,7 +264,7 @@ def plot(results, path: pathlib.Path) -> None:
     for column, model in zip(axes.T, models):
         times, memory = ({t: results[model, t][i] for t in tasks} for i in range(2))
         for way in times[tasks[0]]:
-            if "micro" in way:
+            if way.split(",")[0] in PER_TASK:
                 continue
             ratios = [times[t][way] / times[t]["plain sum"] for t in tasks]
             column[0].loglog(tasks, ratios, marker=".", label=way)
