@@ -130,14 +130,3 @@ def matrices(kind):
         samples = [normal(rng, *shape, 4) for _ in range(4)]
         samples += [badly_scaled(rng, *shape, 4) for _ in range(4)]
     return np.stack(samples)
-
-
-@functools.cache
-def aggregate(name):
-    """The method as a compiled function of a batch of matrices and losses."""
-    method = optax_mtl.get(name, NUM_TASKS)
-
-    def one(matrix, losses):
-        return method.update(matrix, method.init(matrix[0]), losses=losses)[0]
-
-    return jax.jit(jax.vmap(one, in_axes=(0, None)))
