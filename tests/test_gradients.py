@@ -70,10 +70,12 @@ compiled_fast = functools.partial(
 )
 
 
-def both_modes(losses_fn, method, params, *args, steps=1, **kwargs):
+def both_modes(
+    losses_fn, method, params, *args, steps=1, compiled=compiled_fast, **kwargs
+):
     """Gradients and state after some steps, without and with stacked gradients."""
 
-    @compiled_fast
+    @compiled
     def run(params, *args):
         out = []
         for mode in ("gram", "stacked"):
@@ -110,16 +112,16 @@ def test_named_losses_are_in_the_order_of_their_names():
     assert_close(updates, jax.tree.map(lambda x: x[order], by_index))
 
 
-def test_heads_get_the_gradient_of_the_sum():
+@pytest.mark.parametrize("compiled", [jax.jit, compiled_fast])
+def test_heads_get_the_gradient_of_the_sum(compiled):
     params = make_params()
     of_sum = jax.grad(lambda p: losses_fn(p, INPUTS, TARGETS).sum())(params)
     fn = optax_mtl.value_and_task_grads(losses_fn, shared=shared)
     _, updates = fn(params, INPUTS, TARGETS)
     assert updates["trunk"]["w"].shape == (T, 8, 32)
     assert_close(updates["heads"], of_sum["heads"])
-    out = both_modes(
-        losses_fn, optax_mtl.mgda(), params, INPUTS, TARGETS, shared=shared
-    )
+    arguments = losses_fn, optax_mtl.mgda(), params, INPUTS, TARGETS
+    out = both_modes(*arguments, compiled=compiled, shared=shared)
     for grads, _ in out:
         assert_close(grads["heads"], of_sum["heads"])
     assert_close(*(grads for grads, _ in out), 1e-4)
