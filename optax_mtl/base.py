@@ -20,7 +20,7 @@ of such a function. The others traverse the gradients with ``jax.tree.map``.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,63 @@ def from_state(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+class MeasuredLossesState(NamedTuple):
+    """State of a method that measures its reference losses first."""
+
+    counts: jax.Array  # Steps of each task, up to the end of the window, `(T,)`.
+    total: jax.Array  # Sum of the losses in the window, `(T,)`.
+
+
+def with_reference(
+    weights_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    num_tasks: int,
+    reference: jax.typing.ArrayLike | None,
+    warmup_steps: int,
+    window: int,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method that compares the losses with given or with measured ones.
+
+    Args:
+      weights_fn: from the losses and the reference, each of shape ``(T,)``, to the
+        weights, ``(T,)``.
+      num_tasks: number of tasks, T.
+      reference: one number or shape ``(T,)``; ``None`` takes the average over a window
+        of steps, in and before which the sum of the log losses is minimised.
+      warmup_steps: steps before the window.
+      window: number of steps in it.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+    """
+    if reference is not None:
+        given = jnp.asarray(reference, float)
+        return from_losses(lambda losses: weights_fn(losses, given))
+    check_range("window", window, positive=True)
+
+    def init_fn():
+        return MeasuredLossesState(
+            jnp.zeros(num_tasks, jnp.int32), jnp.zeros(num_tasks)
+        )
+
+    def step(state, losses):
+        exists = losses != 0
+        known = state.counts >= warmup_steps + window
+        measured = jnp.where(known, state.total / window, 1)
+        weights = jnp.where(
+            jnp.all(known | ~exists),
+            weights_fn(losses, measured),
+            reciprocal(losses),
+        )
+        grows = exists & ~known
+        in_window = grows & (state.counts >= warmup_steps)
+        return weights, MeasuredLossesState(
+            counts=state.counts + grows,
+            total=state.total + jnp.where(in_window, losses, 0),
+        )
+
+    return from_state(init_fn, step, num_tasks, reads=["losses"])
+
+
 def all_finite(tree: Any) -> jax.Array:
     """Whether all entries of all arrays are finite, a scalar."""
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
@@ -202,6 +259,18 @@ def preference_among_present(
     return exists * (default_total / jnp.maximum(exists.sum(), 1))
 
 
+def preference_of_losses(preference: jax.Array | None, losses: jax.Array) -> jax.Array:
+    """The preference, by default equal shares of 1; 0 where the loss is exactly 0."""
+    exists = jnp.diag((losses != 0).astype(losses.dtype))
+    return preference_among_present(preference, exists, default_total=1.0)
+
+
+def regularize(gram: jax.Array, reg_eps: jax.typing.ArrayLike) -> jax.Array:
+    """Adds a multiple of the trace to the diagonal, but not for absent tasks."""
+    exists = tasks.present(gram).astype(gram.dtype)
+    return gram + jnp.diag(reg_eps * jnp.trace(gram) * exists)
+
+
 def check_range(
     name: str, value: jax.typing.ArrayLike | None, *, positive: bool = False
 ) -> None:
@@ -212,6 +281,15 @@ def check_range(
     if np.any(number < 0) or (positive and not np.all(number)):
         bound = "positive" if positive else "at least 0"
         raise ValueError(f"{name} is {value}; it should be {bound}")
+
+
+def check_primary(primary: int, num_tasks: int) -> None:
+    """Refuses a primary task that does not exist."""
+    if not 0 <= primary < num_tasks:
+        raise ValueError(
+            f"primary={primary} should be the number of a task, from 0 to"
+            f" {num_tasks - 1}"
+        )
 
 
 def update_if(

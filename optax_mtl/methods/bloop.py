@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.methods.priority_projection import check_primary
 
 
 class BloopState(NamedTuple):
@@ -90,7 +89,7 @@ def bloop(
         count = tasks.check_stacked(updates, params)
         if count is None:
             return updates, state
-        check_primary(primary, count)
+        base.check_primary(primary, count)
         precise = jax.tree.map(lambda g, e: g.astype(e.dtype), updates, state.average)
         main = jax.tree.map(lambda g: g[primary], precise)
         others = (jnp.arange(count) != primary).astype(float)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.methods.priority_projection import check_primary
 
 
 def cosine_gating(
@@ -50,7 +49,7 @@ def cosine_gating_weights(
     gram: jax.Array, primary: int = 0, weighted: bool = True
 ) -> jax.Array:
     """Weights of :func:`cosine_gating`, from the Gram matrix, shape ``(T, T)``."""
-    check_primary(primary, len(gram))
+    base.check_primary(primary, len(gram))
     cosines = tasks.cosine_similarity(gram)[primary]
     gates = jnp.maximum(cosines, 0) if weighted else (cosines >= 0).astype(gram.dtype)
     gates = gates.at[primary].set(1)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
-from optax_mtl.methods.stch import preference_of_losses
 
 
 def cosmos(
@@ -59,7 +58,9 @@ def cosmos(
     preference = base.check_preference(preference)
 
     def weights_fn(losses):
-        return cosmos_weights(losses, preference_of_losses(preference, losses), weight)
+        return cosmos_weights(
+            losses, base.preference_of_losses(preference, losses), weight
+        )
 
     return base.from_losses(weights_fn)
 

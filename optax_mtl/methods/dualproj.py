@@ -1,10 +1,9 @@
 """Projection of the average gradient onto the dual cone."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import base, solvers
 
 
 def dualproj(
@@ -55,7 +54,7 @@ def dualproj(
 
     def weights_fn(gram):
         shares = base.preference_among_present(preference, gram, default_total=1.0)
-        return dualproj_weights(regularize(gram, reg_eps), shares)
+        return dualproj_weights(base.regularize(gram, reg_eps), shares)
 
     return base.from_gram(weights_fn)
 
@@ -71,9 +70,3 @@ def dualproj_weights(gram: jax.Array, preference: jax.Array) -> jax.Array:
       Array of shape ``(T,)``.
     """
     return solvers.dual_cone(gram, preference)
-
-
-def regularize(gram: jax.Array, reg_eps: jax.typing.ArrayLike) -> jax.Array:
-    """Adds a multiple of the trace to the diagonal, but not for absent tasks."""
-    exists = tasks.present(gram).astype(gram.dtype)
-    return gram + jnp.diag(reg_eps * jnp.trace(gram) * exists)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.methods.priority_projection import check_primary
 
 
 def dynamic_barrier(
@@ -59,7 +58,7 @@ def dynamic_barrier_weights(
     gram: jax.Array, beta: jax.typing.ArrayLike = 1.0, primary: int = 0
 ) -> jax.Array:
     """Weights of :func:`dynamic_barrier`, from the Gram matrix, shape ``(T, T)``."""
-    check_primary(primary, len(gram))
+    base.check_primary(primary, len(gram))
     main = jnp.arange(len(gram)) == primary
     squared = gram[primary, primary]
     dot = jnp.sum(jnp.where(main, 0, gram[primary]))

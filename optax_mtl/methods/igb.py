@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
-from optax_mtl.methods.stch import with_reference
 
 
 def igb(
@@ -58,7 +57,7 @@ def igb(
       The second version of the paper, IGBv2, learns the weights by reinforcement
       learning, with a policy network of its own.
     """
-    return with_reference(igb_weights, num_tasks, reference, warmup_steps, window)
+    return base.with_reference(igb_weights, num_tasks, reference, warmup_steps, window)
 
 
 def igb_weights(losses: jax.Array, reference: jax.Array) -> jax.Array:

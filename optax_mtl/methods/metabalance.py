@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.methods.priority_projection import check_primary
 
 # What the ratio of the norms is clipped to.
 _STRATEGIES = {"both": (0, jnp.inf), "reduce": (0, 1), "enlarge": (1, jnp.inf)}
@@ -70,7 +69,7 @@ def metabalance(
         raise ValueError(
             f"there is no strategy {strategy!r}; choose one of {', '.join(_STRATEGIES)}"
         )
-    check_primary(primary, num_tasks)
+    base.check_primary(primary, num_tasks)
 
     def init_fn(params):
         return MetaBalanceState(

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
-from optax_mtl.methods.stch import preference_of_losses
 
 
 def pbi(
@@ -58,7 +57,7 @@ def pbi(
     preference = base.check_preference(preference)
 
     def weights_fn(losses):
-        r = preference_of_losses(preference, losses)
+        r = base.preference_of_losses(preference, losses)
         gaps = jnp.where(losses != 0, losses - jnp.asarray(reference, losses.dtype), 0)
         return pbi_weights(gaps, r, theta)
 

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 
 from optax_mtl import base, solvers, tasks
-from optax_mtl.methods.priority_projection import check_primary
 
 
 class PCDState(NamedTuple):
@@ -77,7 +76,7 @@ def pcd(
         values = np.asarray(tau)
         if not np.all((values >= 0) & (values <= 1)):
             raise ValueError(f"tau should be in [0, 1], but is {values}")
-    check_primary(primary, num_tasks)
+    base.check_primary(primary, num_tasks)
 
     def init_fn():
         return PCDState(

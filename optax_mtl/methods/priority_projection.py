@@ -99,15 +99,6 @@ def priority_projection_weights(
     return jnp.zeros_like(weights).at[order].set(weights)
 
 
-def check_primary(primary: int, num_tasks: int) -> None:
-    """Refuses a primary task that does not exist."""
-    if not 0 <= primary < num_tasks:
-        raise ValueError(
-            f"primary={primary} should be the number of a task, from 0 to"
-            f" {num_tasks - 1}"
-        )
-
-
 # Each takes the Gram matrix in order of importance. Row i of the coefficients that
 # it returns expresses the projected gradient i in the gradients.
 

@@ -1,20 +1,10 @@
 """Smooth Tchebycheff scalarization."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
-
-
-class MeasuredLossesState(NamedTuple):
-    """State of a method that measures its reference losses first."""
-
-    counts: jax.Array  # Steps of each task, up to the end of the window, `(T,)`.
-    total: jax.Array  # Sum of the losses in the window, `(T,)`.
 
 
 def stch(
@@ -84,75 +74,19 @@ def stch(
     if objective == "linear":
 
         def linear_fn(losses):
-            p = preference_of_losses(preference, losses)
+            p = base.preference_of_losses(preference, losses)
             z = 0.0 if reference is None else jnp.asarray(reference, losses.dtype)
             return stch_linear_weights(losses, z, p, mu)
 
         return base.from_losses(linear_fn)
 
-    return with_reference(
+    return base.with_reference(
         lambda losses, nadir: stch_weights(losses, nadir, mu),
         num_tasks,
         reference,
         warmup_steps,
         window,
     )
-
-
-def preference_of_losses(preference: jax.Array | None, losses: jax.Array) -> jax.Array:
-    """The preference, by default equal shares of 1; 0 where the loss is exactly 0."""
-    exists = jnp.diag((losses != 0).astype(losses.dtype))
-    return base.preference_among_present(preference, exists, default_total=1.0)
-
-
-def with_reference(
-    weights_fn: Callable[[jax.Array, jax.Array], jax.Array],
-    num_tasks: int,
-    reference: jax.typing.ArrayLike | None,
-    warmup_steps: int,
-    window: int,
-) -> optax.GradientTransformationExtraArgs:
-    """Makes a method that compares the losses with given or with measured ones.
-
-    Args:
-      weights_fn: from the losses and the reference, each of shape ``(T,)``, to the
-        weights, ``(T,)``.
-      num_tasks: number of tasks, T.
-      reference: one number or shape ``(T,)``; ``None`` takes the average over a window
-        of steps, in and before which the sum of the log losses is minimised.
-      warmup_steps: steps before the window.
-      window: number of steps in it.
-
-    Returns:
-      A gradient transformation that aggregates stacked updates.
-    """
-    if reference is not None:
-        given = jnp.asarray(reference, float)
-        return base.from_losses(lambda losses: weights_fn(losses, given))
-    base.check_range("window", window, positive=True)
-
-    def init_fn():
-        return MeasuredLossesState(
-            jnp.zeros(num_tasks, jnp.int32), jnp.zeros(num_tasks)
-        )
-
-    def step(state, losses):
-        exists = losses != 0
-        known = state.counts >= warmup_steps + window
-        measured = jnp.where(known, state.total / window, 1)
-        weights = jnp.where(
-            jnp.all(known | ~exists),
-            weights_fn(losses, measured),
-            base.reciprocal(losses),
-        )
-        grows = exists & ~known
-        in_window = grows & (state.counts >= warmup_steps)
-        return weights, MeasuredLossesState(
-            counts=state.counts + grows,
-            total=state.total + jnp.where(in_window, losses, 0),
-        )
-
-    return base.from_state(init_fn, step, num_tasks, reads=["losses"])
 
 
 def stch_weights(

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, solvers
-from optax_mtl.methods.dualproj import regularize
 
 
 def upgrad(
@@ -57,7 +56,7 @@ def upgrad(
 
     def weights_fn(gram):
         shares = base.preference_among_present(preference, gram, default_total=1.0)
-        return upgrad_weights(regularize(gram, reg_eps), shares)
+        return upgrad_weights(base.regularize(gram, reg_eps), shares)
 
     return base.from_gram(weights_fn)
 
