@@ -96,27 +96,32 @@ def make_problem(trunk, batch_size, num_tasks):
 def make_steps(num_tasks, trunk_fn, heads_fn, tx):
     """Training steps, each a function of the parameters, the state and a batch."""
 
-    def losses_fn(params, x, y, trunk_fn=trunk_fn):
+    def losses_fn(params, x, y):
         return heads_fn(params, trunk_fn(params, x, y), x, y)
 
-    checkpointed = functools.partial(losses_fn, trunk_fn=jax.checkpoint(trunk_fn))
     sum_fn = lambda *args: sum(losses_fn(*args).values())
     shared = {"trunk": True, "heads": False}
     by_gram, by_losses = optax_mtl.pcgrad(), optax_mtl.dwa(num_tasks)
     labels = {"trunk": "trunk", "heads": "heads"}
-    route = lambda method: optax.partition(
-        {"trunk": method, "heads": optax.identity()}, labels
-    )
-    stacked = lambda **kwargs: optax_mtl.value_and_task_grads(
-        losses_fn, shared=shared, **kwargs
-    )
 
-    def resolve(task_grads, method):
+    def then_resolve(task_grads):
+        routes = {"trunk": by_gram, "heads": optax.identity()}
+        method = optax.partition(routes, labels)
+
         def fn(params, state, *batch):
             losses, updates = task_grads(params, *batch)
             grads, state = method.update(updates, state, params, losses=losses)
             return losses, grads, state
 
+        return fn, method
+
+    def stacked(**kwargs):
+        return then_resolve(
+            optax_mtl.value_and_task_grads(losses_fn, shared=shared, **kwargs)
+        )
+
+    def resolved(losses_fn, method, **kwargs):
+        fn = optax_mtl.value_and_grad(losses_fn, method, shared=shared, **kwargs)
         return fn, method
 
     def plain(params, state, *batch):
@@ -136,24 +141,16 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
 
     ways = {
         "plain sum": (plain, optax.identity()),
-        "stacked, batched": resolve(stacked(), route(by_gram)),
-        "stacked, sequential": resolve(stacked(sequential=True), route(by_gram)),
-        "Gram only": (
-            optax_mtl.value_and_grad(losses_fn, by_gram, shared=shared),
-            by_gram,
-        ),
-        "Gram only, jax.checkpoint": (
-            optax_mtl.value_and_grad(checkpointed, by_gram, shared=shared),
-            by_gram,
-        ),
+        "stacked": stacked(),
+        "stacked, sequential": stacked(sequential=True),
+        "leafwise": resolved(losses_fn, by_gram, mode="leafwise"),
+        "Gram only": resolved(losses_fn, by_gram),
+        "Gram only, jax.checkpoint": resolved(jax.checkpoint(losses_fn), by_gram),
         "at features": (
             optax_mtl.value_and_grad_at_features(trunk_fn, heads_fn, by_gram),
             by_gram,
         ),
-        "losses only": (
-            optax_mtl.value_and_grad(losses_fn, by_losses, shared=shared),
-            by_losses,
-        ),
+        "losses only": resolved(losses_fn, by_losses),
     }
     if num_tasks <= MAX_TASKS_EACH:
         for name, per_task in PER_TASK.items():
@@ -163,7 +160,7 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
             one_task_each = optax_mtl.accumulate_task_grads(
                 losses_fn, count, shared=shared, one_task_each=True
             )
-            ways[f"{name}, one task each"] = resolve(one_task_each, route(by_gram))
+            ways[f"{name}, one task each"] = then_resolve(one_task_each)
     return {name: make_step(*way, tx) for name, way in ways.items()}
 
 

@@ -102,9 +102,13 @@ def value_and_grad(
       method: any method whose weights depend on the Gram matrix and the losses.
         The rest of the chain is applied to the gradient that comes back.
       has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
-      mode: ``"gram"``, or ``"stacked"`` for the same result from
-        :func:`value_and_task_grads`, for any method and for models with a
-        ``jax.custom_vjp``, through which nothing can be pushed forward.
+      mode: how to get there; the result is the same. ``"gram"``: as above.
+        ``"leafwise"``: the Gram matrix from the gradients of all tasks, one leaf of
+        the parameters after the other as the compiler frees them; about as fast as
+        ``"stacked"`` and best up to some eight tasks, beyond which memory grows.
+        ``"stacked"``: from :func:`value_and_task_grads`, for any method. The latter
+        two serve models with a ``jax.custom_vjp``, too, through which nothing can be
+        pushed forward.
       shared: which parameters the method resolves, as in
         :func:`value_and_task_grads`; the others get the gradient of the sum.
 
@@ -135,10 +139,12 @@ def value_and_grad(
       pass: compute losses in float32, and mind ``jax_default_matmul_precision``.
       Under :func:`jax.shard_map`, average the losses over the devices inside
       ``losses_fn``. On a CPU, XLA runs the backward pass of a convolution much
-      slower inside a loop, which this mode is: prefer ``mode="stacked"`` there.
+      slower inside a loop, which ``"gram"`` is: prefer ``"leafwise"`` there.
     """
-    if mode not in ("gram", "stacked"):
-        raise ValueError(f"mode should be 'gram' or 'stacked', not {mode!r}")
+    if mode not in ("gram", "leafwise", "stacked"):
+        raise ValueError(
+            f"mode should be 'gram', 'leafwise' or 'stacked', not {mode!r}"
+        )
     method = optax.with_extra_args_support(method)
 
     def from_gram(params, state, *args, **kwargs):
@@ -149,6 +155,8 @@ def value_and_grad(
         vector = tasks.stack_losses(losses, None)
 
         def compute_gram():
+            if mode == "leafwise":
+                return tasks.gram(_pull_back_each(push_forward, primals, losses)[0])
             # Linearized again to leave out the heads, not to multiply them by zero.
             zeros = optax.tree.zeros_like(primals)
             try:
@@ -156,7 +164,7 @@ def value_and_grad(
             except (NotImplementedError, TypeError) as error:
                 raise TypeError(
                     "gradients cannot be pushed forward through this model, which"
-                    " probably has a jax.custom_vjp; use mode='stacked'"
+                    " probably has a jax.custom_vjp; use mode='leafwise'"
                 ) from error
             push_vector = lambda grads: tasks.stack_losses(push(grads), None)
 
@@ -199,7 +207,7 @@ def value_and_grad(
         )
         return value, merge(grads, heads), state
 
-    return from_gram if mode == "gram" else from_stacked
+    return from_stacked if mode == "stacked" else from_gram
 
 
 def value_and_grad_at_features(

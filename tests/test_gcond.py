@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optax_mtl
+from optax_mtl import tasks
 from optax_mtl.methods.gcond import gcond, gcond_coefficients, scale_by_lion_lars
 
 
@@ -307,10 +308,12 @@ def test_many_tasks_compile_to_one_loop():
     assert np.isfinite(outs).all() and state.arbitration.iterations > 0
 
 
-def test_measured_in_blocks():
-    # Large enough for the blocked measurement on one CPU device.
+def test_measured_in_blocks(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(tasks, "_MAX_IN_ONE_PIECE", 2**10)
+    monkeypatch.setattr(tasks, "_BLOCK_ELEMENTS", 2**8)
     rng = np.random.default_rng(0)
-    gradients = rng.normal(size=(2, 3, 300_001)).astype(np.float32)
+    gradients = rng.normal(size=(2, 3, 3001)).astype(np.float32)
     gradients += np.array([1, -1, -1], np.float32)[:, None]
     outs, _ = _run(gradients)
     expected = list(_walk(gradients, "accumulated", 3, True, np.inf))

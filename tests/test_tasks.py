@@ -1,7 +1,5 @@
 """Gram matrix and combination: values, and every way to distribute the leaves."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -73,13 +71,24 @@ def test_vmap_and_grad():
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [7, 16, 64, 128])
-def test_blocks(size):
-    flat = jnp.asarray(ARRAY.reshape(3, -1))
-    blocks = functools.partial(tasks._products_in_blocks, size)
-    gram, first_row = jax.jit(blocks)(flat, flat, flat[:1])
+@pytest.mark.parametrize("columns", [None, 7, 16, 64])
+def test_one_device(monkeypatch, columns):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if columns:  # In blocks of so many; otherwise in one piece.
+        for name in ("_BLOCK_ELEMENTS", "_MAX_IN_ONE_PIECE"):
+            monkeypatch.setattr(tasks, name, columns * len(ARRAY))
+    x = jnp.asarray(ARRAY)
+    # A new function, so that nothing traced for several devices is used again.
+    assert_right(jax.jit(lambda x: both(x))(x))
+    gram, first_row = tasks.inner_products({"x": x}, {"x": x}, {"x": x[:1]})
     np.testing.assert_allclose(gram, GRAM, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(first_row, GRAM[:, :1], rtol=1e-5, atol=1e-4)
+
+
+def test_scalars_and_empty_leaves_on_one_device(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    gram = optax_mtl.gram([jnp.array([1.0, 2, 3]), jnp.zeros((3, 0))])
+    np.testing.assert_allclose(gram, np.outer([1, 2, 3], [1, 2, 3]))
 
 
 SPECS = [P(None, "data"), P(None, None, "data"), P(None, "data", "model"), P()]

@@ -56,6 +56,7 @@ def main() -> None:
         for method in arguments.methods:
             for seed in range(num_seeds):  # Together: they share a compilation.
                 measure(arguments.results, name, method, seed, flags, arguments.folder)
+            jax.clear_caches()  # Compiled programs use up the process's memory maps.
     for name in arguments.only:
         print_table(arguments.results, name)
 
