@@ -538,6 +538,26 @@ def test_catalogue_method_convnet_and_rank_statistics(tmp_path):
     }
 
 
+def test_blocks_that_do_not_train_are_computed_once():
+    """The reference then costs the forward pass of its last block alone."""
+    fast = {"xla_backend_optimization_level": 0}
+
+    def flops(fn, *args):
+        return fn.lower(*args).compile(fast).cost_analysis()["flops"]
+
+    costs = {}
+    for method in "eep", "eagc":
+        flags = "--preset small --trainable last --image-size 16 --batch-size 8"
+        config = parse([*flags.split(), "--method", method, "--max-images", "100"])
+        split, images = train.prepare(config)
+        backbone = nnx.state(train.make_reference(config, split).backbone)
+        experiment = train.make_experiment(config, split)
+        state, frozen = train.start(config, experiment, split, backbone)
+        costs[method] = flops(experiment.step, state, frozen, images)
+    four_blocks = flops(experiment.before, frozen, images.images[:16])
+    assert costs["eagc"] - costs["eep"] < four_blocks / 3
+
+
 def test_backbone_weights_reach_the_reference(tmp_path):
     preset = model.PRESETS["tiny"]
     tensors = weights_file("dino", preset=preset)

@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from examples.gcd import train
-from examples.gcd.config import Config, parse
+from examples.gcd.config import parse
 
 METRICS = ["all", "old", "new", "gdc", "soc"]
 METHODS = ["sum", "aga", "eep", "eagc", "pcgrad", "cagrad", "upgrad", "gcond"]
@@ -39,6 +39,14 @@ DATA = {  # Flags and number of seeds.
     ),
 }
 
+OVERHEAD = {  # Flags, and how many steps are timed.
+    "tiny ViT, everything trains": ("", 60),
+    "12 blocks (ViT-S), the last one trains": (
+        "--preset vit_s16 --trainable last --image-size 32 --batch-size 16",
+        20,
+    ),
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -49,7 +57,9 @@ def main() -> None:
     parser.add_argument("--overhead", action="store_true")
     arguments = parser.parse_args()
     if arguments.overhead:
-        print_overhead()
+        for title, (flags, rounds) in OVERHEAD.items():
+            print(f"\n{title}")
+            print_overhead(flags, rounds)
         return
     for name in arguments.only:
         flags, num_seeds = DATA[name]
@@ -107,19 +117,18 @@ def print_table(results: pathlib.Path, name: str) -> None:
         print(f"| {method} | {len(mine)} | {' | '.join(cells)} |")
 
 
-def print_overhead(rounds: int = 60) -> None:
+def print_overhead(flags: str, rounds: int) -> None:
     """Time of a step relative to the plain sum's, in turns within one process."""
-    config = Config()
     calls = {}
     for method in "sum", "eep", "eagc":
-        config = parse(["--method", method])
+        config = parse([*flags.split(), "--method", method])
         split, images = train.prepare(config)
         backbone = nnx.state(train.make_reference(config, split).backbone)
         experiment = train.make_experiment(config, split)
         state, frozen = train.start(config, experiment, split, backbone)
         calls[method] = _stepper(experiment.step, state, frozen, images)
     views = images.images[: 2 * config.batch_size]
-    calls["reference alone"] = lambda: experiment.before(backbone, views)
+    calls["reference alone"] = lambda: experiment.before(frozen, views)
 
     times = {name: [] for name in calls}
     for number in range(rounds + 3):
@@ -128,7 +137,7 @@ def print_overhead(rounds: int = 60) -> None:
             jax.block_until_ready(call())
             if number >= 3:  # After compilation.
                 times[name].append(time.perf_counter() - started)
-    print(f"{config.preset}, {len(views)} rows, {jax.devices()[0].platform}")
+    print(f"{len(views)} rows, {jax.devices()[0].platform}")
     for name, values in times.items():
         ratios = [value / plain for value, plain in zip(values, times["sum"])]
         print(

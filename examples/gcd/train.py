@@ -49,8 +49,8 @@ class Images(NamedTuple):
 class Frozen(NamedTuple):
     """What discovery reads and never changes."""
 
-    reference: Any  # Parameters of the reference backbone.
-    rest: Any  # Parameters of the model that do not train.
+    reference: Any  # Parameters of the reference's backbone, as far as they train.
+    rest: Any  # Parameters that do not train, of model and reference alike.
     conceptor: jax.Array
     key: jax.Array
 
@@ -72,7 +72,7 @@ class Experiment(NamedTuple):
     init: Callable[[Any], tuple[Any, Any]]
     # From state, frozen, the data and whether to diagnose: one step and its metrics.
     step: Callable[..., tuple[State, dict[str, jax.Array]]]
-    # From the reference backbone's parameters and images: features.
+    # From frozen and images: features of the reference.
     before: Callable[..., jax.Array]
     # From state, frozen and images: features and classes.
     after: Callable[..., tuple[jax.Array, jax.Array]]
@@ -201,10 +201,9 @@ def start(
     nnx.update(network.backbone, backbone)
     _, params, rest = nnx.split(network, _trains(config), ...)
     # A copy, since the state is donated to each step and the reference stays.
-    params = jax.tree.map(jnp.copy, params)
-    z = in_batches(
-        lambda x: experiment.before(backbone, x), split.images[split.labelled]
-    )
+    reference, params = params["backbone"], jax.tree.map(jnp.copy, params)
+    frozen = Frozen(reference, rest, None, jax.random.key(config.seed))
+    z = in_batches(lambda x: experiment.before(frozen, x), split.images[split.labelled])
     conceptor = optax_mtl.fit_conceptor(
         jnp.asarray(z), config.aperture, relative=config.relative_aperture
     )
@@ -217,7 +216,7 @@ def start(
         optimizer=optimizer_state,
         coordinator=optax_mtl.EAGCState(energy),
     )
-    return state, Frozen(backbone, rest, conceptor, jax.random.key(config.seed))
+    return state, frozen._replace(conceptor=conceptor)
 
 
 def make_experiment(config: Config, split: data.Split) -> Experiment:
@@ -248,12 +247,14 @@ def _make_experiment(config, shape, num_classes):
         {"backbone": sgd(config.backbone_lr), "heads": sgd(config.lr)}, _part
     )
 
-    def reference_features(reference, x):
-        return nnx.merge(backbone_graph, reference)(x)
+    def reference_features(frozen, x):
+        # What does not train is one with the model's, so that XLA computes it once.
+        rest = frozen.rest.get("backbone", nnx.State({}))
+        return nnx.merge(backbone_graph, frozen.reference, rest)(x)
 
     @jax.jit
-    def before(reference, images):
-        return reference_features(reference, data.plain(images))
+    def before(frozen, images):
+        return reference_features(frozen, data.plain(images))
 
     @jax.jit
     def after(state, frozen, images):
@@ -297,7 +298,7 @@ def _make_experiment(config, shape, num_classes):
                     z,
                     conceptor=frozen.conceptor,
                     weight=weight,
-                    reference=reference_features(frozen.reference, x) if aligns else z,
+                    reference=reference_features(frozen, x) if aligns else z,
                     labelled=labelled,
                     anchor=config.anchor * aligns,
                 )
@@ -418,7 +419,7 @@ def discover(
         board.close()
 
     report.plot_curves(out, config.method)
-    before = in_batches(lambda x: experiment.before(frozen.reference, x), split.images)
+    before = in_batches(lambda x: experiment.before(frozen, x), split.images)
     after, _ = in_batches(lambda x: experiment.after(state, frozen, x), split.images)
     report.plot_features(out, before, after, split.labels, split.num_known)
 
