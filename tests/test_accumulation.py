@@ -121,6 +121,25 @@ def test_micro_batches_stay_on_their_devices():
     assert "all-to-all" not in fn.lower(params, sharded).compile().as_text()
 
 
+@pytest.mark.parametrize("one_task_each", [False, True])
+def test_shard_map(one_task_each):
+    """Each device accumulates its own examples; the averages are over all of them."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    fn = optax_mtl.accumulate_task_grads(
+        losses_fn, T, shared=MASK, one_task_each=one_task_each
+    )
+
+    def local(params, inputs):
+        params = jax.lax.pcast(params, "data", to="varying")
+        return jax.lax.pmean(fn(params, inputs), "data")
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    # On one device the same micro-batches are those of four interleaved parts.
+    parts = INPUTS.reshape(4, -1, T, INPUTS.shape[1])
+    in_order = parts.swapaxes(0, 1).reshape(INPUTS.shape)
+    assert_close(jax.jit(sharded)(PARAMS, INPUTS), jax.jit(fn)(PARAMS, in_order))
+
+
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="choose another batch size"):
         optax_mtl.accumulate_task_grads(losses_fn, 5)(PARAMS, INPUTS)

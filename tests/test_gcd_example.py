@@ -245,32 +245,33 @@ def weights_file(layout, grid=2, preset=PRESET, seed=0):
         ]:
             tensors[f"blocks.{i}.{name}.weight"] = array(*shape)
             tensors[f"blocks.{i}.{name}.bias"] = array(shape[0])
-        if layout == "dinov2":
+        if "dinov2" in layout:
             tensors[f"blocks.{i}.ls1.gamma"] = array(d)
             tensors[f"blocks.{i}.ls2.gamma"] = array(d)
-    if layout == "dinov2":
+    if "dinov2" in layout:
         tensors["mask_token"] = array(1, d)
     return tensors
 
 
 def hugging_face(tensors):
-    """The same tensors under the names of Hugging Face's ViTModel."""
+    """The same tensors under the names of Hugging Face's ViTModel or Dinov2Model."""
     embeddings = {
         "cls_token": "embeddings.cls_token",
+        "mask_token": "embeddings.mask_token",
         "pos_embed": "embeddings.position_embeddings",
         "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
         "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
         "norm.weight": "layernorm.weight",
         "norm.bias": "layernorm.bias",
     }
-    layers = {
-        "norm1": "layernorm_before",
-        "attn.proj": "attention.output.dense",
-        "norm2": "layernorm_after",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    }
-    renamed = {"pooler.dense.weight": np.zeros((1, 1), np.float32)}
+    layers = {"attn.proj": "attention.output.dense"}
+    if "mask_token" in tensors:
+        layers |= {"ls1": "layer_scale1", "ls2": "layer_scale2"}
+        renamed = {}
+    else:
+        layers |= {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+        layers |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+        renamed = {"pooler.dense.weight": np.zeros((1, 1), np.float32)}
     for name, tensor in tensors.items():
         if name in embeddings:
             renamed[embeddings[name]] = tensor
@@ -281,7 +282,8 @@ def hugging_face(tensors):
             for which, third in zip(("query", "key", "value"), np.split(tensor, 3)):
                 renamed[f"{layer}.attention.attention.{which}.{leaf}"] = third
         else:
-            renamed[f"{layer}.{layers[part]}.{leaf}"] = tensor
+            leaf = leaf.replace("gamma", "lambda1")
+            renamed[f"{layer}.{layers.get(part, part)}.{leaf}"] = tensor
     return renamed
 
 
@@ -322,17 +324,19 @@ def numpy_vit(tensors, images, preset=PRESET):
     return norm(x, "norm")[:, 0]
 
 
-@pytest.mark.parametrize("layout", ["dino", "dinov2", "hugging face"])
+@pytest.mark.parametrize(
+    "layout", ["dino", "dinov2", "hugging face", "hugging face dinov2"]
+)
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_weights_file_gives_the_features_of_dino(layout, suffix, tmp_path):
     tensors = weights_file(layout)
-    stored = hugging_face(tensors) if layout == "hugging face" else tensors
+    stored = hugging_face(tensors) if "hugging face" in layout else tensors
     path = tmp_path / f"weights{suffix}"
     if suffix == ".npz":
         np.savez(path, **stored)
     else:
         save_file({k: np.ascontiguousarray(v) for k, v in stored.items()}, path)
-    preset = PRESET._replace(layer_scale=layout == "dinov2")
+    preset = PRESET._replace(layer_scale="dinov2" in layout)
     backbone = model.ViT(preset, (8, 8, 3), jnp.float32, nnx.Rngs(0))
     model.load_backbone_weights(backbone, str(path))
     images = np.random.default_rng(1).normal(size=(3, 8, 8, 3)).astype(np.float32)

@@ -8,6 +8,7 @@ Runs that the results file already has are not repeated.
 
 import argparse
 import csv
+import itertools
 import pathlib
 import statistics
 import tempfile
@@ -19,6 +20,7 @@ from flax import nnx
 from examples.gcd import train
 from examples.gcd.config import parse
 
+RATES = [0.1, 0.05]
 METRICS = ["all", "old", "new", "gdc", "soc"]
 METHODS = ["sum", "aga", "eep", "eagc", "pcgrad", "cagrad", "upgrad", "gcond"]
 METHODS += ["energy_gate"]
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default="results.csv")
     parser.add_argument("--only", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--folder", default="data", help="of the npz files")
     parser.add_argument("--overhead", action="store_true")
     arguments = parser.parse_args()
@@ -61,33 +64,34 @@ def main() -> None:
             print(f"\n{title}")
             print_overhead(flags, rounds)
         return
-    for name in arguments.only:
+    grid = itertools.product(arguments.only, arguments.methods, arguments.rates)
+    for name, method, rate in grid:
         flags, num_seeds = DATA[name]
-        for method in arguments.methods:
-            for seed in range(num_seeds):  # Together: they share a compilation.
-                measure(arguments.results, name, method, seed, flags, arguments.folder)
-            jax.clear_caches()  # Compiled programs use up the process's memory maps.
+        flags = flags.format(folder=arguments.folder)
+        for seed in range(num_seeds):  # Together: they share a compilation.
+            measure(arguments.results, name, method, rate, seed, flags)
+        jax.clear_caches()  # Compiled programs use up the process's memory maps.
     for name in arguments.only:
         print_table(arguments.results, name)
 
 
 def measure(
-    results: pathlib.Path, name: str, method: str, seed: int, flags: str, folder: str
+    results: pathlib.Path, name: str, method: str, rate: float, seed: int, flags: str
 ) -> None:
     """One run, as a row of the results file."""
+    run = {"data": name, "method": method, "rate": str(rate), "seed": str(seed)}
     rows = read(results)
-    if any(
-        (r["data"], r["method"], r["seed"]) == (name, method, str(seed)) for r in rows
-    ):
+    if any(row.items() >= run.items() for row in rows):
         return
     with tempfile.TemporaryDirectory() as out:
-        command = f"{flags} --method {method} --seed {seed} --out {out}"
-        result = train.main(command.format(folder=folder).split())
+        rates = f"--lr {rate} --backbone-lr {rate}"
+        command = f"{flags} {rates} --method {method} --seed {seed} --out {out}"
+        result = train.main(command.split())
     with results.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.DictWriter(file, [*run, *METRICS])
         if not rows:
-            writer.writerow(["data", "method", "seed", *METRICS])
-        writer.writerow([name, method, seed, *(result[key] for key in METRICS)])
+            writer.writeheader()
+        writer.writerow(run | result)
 
 
 def read(results: pathlib.Path) -> list[dict[str, str]]:
@@ -101,11 +105,11 @@ def read(results: pathlib.Path) -> list[dict[str, str]]:
 def print_table(results: pathlib.Path, name: str) -> None:
     """Mean and standard deviation over seeds, in Markdown."""
     rows = [row for row in read(results) if row["data"] == name]
-    print(f"\n{name}\n\n| method | seeds | All | Old | New | GDC | SOC |")
-    print("|---|---|---|---|---|---|---|")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        cells = []
+    print(f"\n| {name} | rate | seeds | All | Old | New | GDC | SOC |")
+    print("|---|---|---|---|---|---|---|---|")
+    for key in dict.fromkeys((row["method"], row["rate"]) for row in rows):
+        mine = [row for row in rows if (row["method"], row["rate"]) == key]
+        cells = [*key, str(len(mine))]
         for metric in METRICS:
             values = [float(row[metric]) for row in mine]
             mean = statistics.fmean(values)
@@ -114,7 +118,7 @@ def print_table(results: pathlib.Path, name: str) -> None:
                 cells.append(f"{mean:.3f} ± {spread:.3f}")
             else:
                 cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}")
-        print(f"| {method} | {len(mine)} | {' | '.join(cells)} |")
+        print(f"| {' | '.join(cells)} |")
 
 
 def print_overhead(flags: str, rounds: int) -> None:

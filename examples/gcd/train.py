@@ -478,9 +478,10 @@ def _method(name):
     """The transformation for stacked gradients and the factor that makes it a sum."""
     if name == "sum" or name in COORDINATED:
         return None, 1
-    entry = optax_mtl.METHODS.get(name)
-    scale = 2 if entry is not None and entry.scale == "mean" else 1
-    return optax_mtl.get(name, num_tasks=2), scale
+    method = optax_mtl.get(name, num_tasks=2)
+    # The authors of CAGrad, too, multiply by the number of tasks.
+    is_mean = optax_mtl.METHODS[name].scale == "mean" or name == "cagrad"
+    return method, 2 if is_mean else 1
 
 
 def _sgd(lr, lr_min, epochs, steps_per_epoch, weight_decay):
