@@ -490,18 +490,26 @@ def test_linen_with_heads_and_a_method_that_reads_losses():
     assert history[-1] < 0.7 * history[0]
 
 
+@pytest.fixture(scope="module")
+def on_one_device():
+    """Parameters, and the gradient that CAGrad makes of all examples."""
+    params = make_params()
+    resolve = compiled_fast(optax_mtl.value_and_grad(losses_fn, optax_mtl.cagrad()))
+    return params, jax.device_get(resolve(params, (), INPUTS, TARGETS)[1])
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("sharded_params", [False, True])
-def test_sharded_jit(axis_type, sharded_params):
+@pytest.mark.parametrize("mode", MODES)
+def test_sharded_jit(axis_type, sharded_params, mode, on_one_device):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
-    method, params = optax_mtl.cagrad(), make_params()
     place = lambda spec: lambda x: jax.device_put(x, NamedSharding(mesh, spec))
     if sharded_params and axis_type == AxisType.Explicit:
         losses_of = jax.sharding.auto_axes(losses_fn, out_sharding=P())
     else:
         losses_of = losses_fn
-    resolve = optax_mtl.value_and_grad(losses_of, method)
-    expected = optax_mtl.value_and_grad(losses_fn, method)(params, (), INPUTS, TARGETS)
+    resolve = optax_mtl.value_and_grad(losses_of, optax_mtl.cagrad(), mode=mode)
+    params, expected = on_one_device
     spec = lambda p: P(*("data" if n % 8 == 0 else None for n in p.shape[:1]))
     sharded = {
         "params": jax.tree.map(
@@ -510,24 +518,25 @@ def test_sharded_jit(axis_type, sharded_params):
         "batch": [place(P("data"))(x) for x in (INPUTS, TARGETS)],
     }
     with jax.set_mesh(mesh):
-        _, grads, _ = jax.jit(resolve)(sharded["params"], (), *sharded["batch"])
-    assert_close(jax.device_get(grads), jax.device_get(expected[1]), 1e-4)
+        step = compiled_fast(resolve)
+        _, grads, _ = step(sharded["params"], (), *sharded["batch"])
+    assert_close(jax.device_get(grads), expected, 1e-4)
 
 
-def test_shard_map_with_losses_averaged_inside():
+@pytest.mark.parametrize("mode", MODES)
+def test_shard_map_with_losses_averaged_inside(mode, on_one_device):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    method, params = optax_mtl.cagrad(), make_params()
     average = lambda *args: jax.lax.pmean(losses_fn(*args), "data")
-    resolve = optax_mtl.value_and_grad(average, method)
+    resolve = optax_mtl.value_and_grad(average, optax_mtl.cagrad(), mode=mode)
     sharded = jax.shard_map(
         lambda params, *batch: resolve(params, (), *batch)[1],
         mesh=mesh,
         in_specs=(P(), P("data"), P("data")),
         out_specs=P(),
     )
-    fn = optax_mtl.value_and_grad(losses_fn, method)
-    _, expected, _ = fn(params, (), INPUTS, TARGETS)
-    assert_close(jax.jit(sharded)(params, INPUTS, TARGETS), expected, 1e-4)
+    params, expected = on_one_device
+    grads = compiled_fast(sharded)(params, INPUTS, TARGETS)
+    assert_close(jax.device_get(grads), expected, 1e-4)
 
 
 @jax.custom_vjp
