@@ -1,4 +1,4 @@
-"""The tables of README.md: every method on every data set, and the cost of a step.
+"""The tables of README.md: every method at several learning rates, and its cost.
 
     python -m examples.gcd.measure --results results.csv --only digits
     python -m examples.gcd.measure --overhead
@@ -20,7 +20,7 @@ from flax import nnx
 from examples.gcd import train
 from examples.gcd.config import parse
 
-RATES = [0.1, 0.05, 0.025]
+RATES = [0.1, 0.05, 0.025, 0.0125]
 METRICS = ["all", "old", "new", "gdc", "soc"]
 METHODS = ["sum", "aga", "eep", "eagc", "pcgrad", "cagrad", "upgrad", "gcond"]
 METHODS += ["energy_gate"]
