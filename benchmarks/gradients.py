@@ -175,6 +175,11 @@ def make_step(resolve, method, tx):
     return jax.jit(step), init
 
 
+def group_of(way):
+    """The first part of the name of a way, a key of PER_TASK if it accumulates."""
+    return way.split(",")[0]
+
+
 def measure(trunk, batch_size, num_tasks, rounds, clock):
     """Shortest time in seconds and temporary memory in bytes of each way."""
     problem = make_problem(trunk, batch_size, num_tasks)
@@ -182,7 +187,7 @@ def measure(trunk, batch_size, num_tasks, rounds, clock):
     calls, memory = {}, {}
     steps = make_steps(num_tasks, trunk_fn, heads_fn, optax.adamw(1e-3))
     for name, (step, init) in steps.items():
-        count = num_tasks * PER_TASK.get(name.split(",")[0], 0) or 1
+        count = num_tasks * PER_TASK.get(group_of(name), 0) or 1
         inputs = jax.tree.map(lambda x, n=count: jnp.concatenate([x] * n), batch)
         args = (params, jax.jit(init)(params), *inputs)
         compiled = step.lower(*args).compile()
@@ -234,10 +239,9 @@ def as_markdown(results) -> str:
                 if way not in times:
                     row.append("")
                     continue
-                first = way.split(",")[0]
-                yardstick = "plain sum"
-                if first in PER_TASK:
-                    yardstick = f"{first}, plain sum"
+                group = group_of(way)
+                accumulates = group in PER_TASK
+                yardstick = f"{group}, plain sum" if accumulates else "plain sum"
                 ratio = times[way] / times[yardstick]
                 row.append(f"{ratio:.2f}, {memory[way] / 1e6:.1f}")
             lines.append(f"| {' | '.join(row)} |")
@@ -261,7 +265,7 @@ def plot(results, path: pathlib.Path) -> None:
     for column, model in zip(axes.T, models):
         times, memory = ({t: results[model, t][i] for t in tasks} for i in range(2))
         for way in times[tasks[0]]:
-            if way.split(",")[0] in PER_TASK:
+            if group_of(way) in PER_TASK:
                 continue
             ratios = [times[t][way] / times[t]["plain sum"] for t in tasks]
             column[0].loglog(tasks, ratios, marker=".", label=way)

@@ -9,6 +9,11 @@ import pytest
 
 import optax_mtl
 
+# For where compiling takes the time: without optimizing.
+compiled_fast = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 every_method = pytest.mark.parametrize("name", list(optax_mtl.METHODS))
 
 
@@ -28,6 +33,16 @@ def stacked(num_tasks, dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
     draw = lambda p: jnp.asarray(rng.normal(size=(num_tasks, *p.shape)), dtype)
     return jax.tree.map(draw, params())
+
+
+def flops(fn, *args):
+    """Floating-point operations of the compiled function, by the compiler."""
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+
+def temporary_memory(fn, *args):
+    """Bytes that the compiled function needs beside arguments and results."""
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def losses(num_tasks):

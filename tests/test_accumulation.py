@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_mtl
+from tests.common import flops, temporary_memory
 
 T, K, BATCH = 3, 6, 24
 RNG = np.random.default_rng(0)
@@ -62,10 +63,6 @@ def test_each_task_sees_its_own_micro_batches(as_vector):
         assert_close(jax.tree.map(lambda x, i=i: x[i], updates), grads)
 
 
-def flops(fn, *args):
-    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
-
-
 def test_other_heads_and_losses_are_not_computed():
     params, batch = make_params(width=64, outputs=256), INPUTS[: 4 * T]
     fn = optax_mtl.accumulate_task_grads(losses_fn, T, shared=MASK, one_task_each=True)
@@ -74,10 +71,6 @@ def test_other_heads_and_losses_are_not_computed():
     cost = flops(fn, params, batch) / T
     assert cost <= 1.2 * flops(one, params, batch[:4])
     assert cost <= 0.5 * flops(every, params, batch[:4])
-
-
-def temporary_memory(fn, *args):
-    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_micro_batches_take_the_memory_of_one():

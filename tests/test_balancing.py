@@ -17,6 +17,7 @@ from optax_mtl import weights
 from optax_mtl.methods import famo as famo_module
 from optax_mtl.methods.gradnorm import gradnorm_gradient
 from optax_mtl.methods.sdmgrad import sdmgrad_weights
+from tests.common import compiled_fast
 
 J3 = jnp.array([[3.0, 1, 0, 1], [-2, 1, 1, 0], [1, -1, 2, 0.5]])
 LOSSES = jnp.array([2.0, 0.5, 1.0])
@@ -33,8 +34,7 @@ def scan(method):
         start = method.init(jnp.zeros(batches.shape[2]))
         return jax.lax.scan(step, start, (batches, losses))[1]
 
-    # Compiling takes the time here, so it is done without optimizing.
-    go = jax.jit(all_steps, compiler_options={"xla_backend_optimization_level": 0})
+    go = compiled_fast(all_steps)
     return lambda batches, losses: go(jnp.asarray(batches), jnp.asarray(losses))
 
 

@@ -1,7 +1,5 @@
 """Ways to get task gradients agree with each other, and cost what they promise."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_mtl
+from tests.common import compiled_fast, flops, temporary_memory
 
 T = 4
 RNG = np.random.default_rng(0)
@@ -62,12 +61,6 @@ def assert_close(tree, other, tolerance=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), tree, other)
     difference = optax.tree.norm(optax.tree.sub(tree, other))
     assert difference <= tolerance * optax.tree.norm(other)
-
-
-# Compiling takes the time of most tests, so it is done without optimizing.
-compiled_fast = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 MODES = ("gram", "leafwise", "stacked")
@@ -163,10 +156,6 @@ def test_elementwise_methods_are_refused_with_a_remedy(name):
     jax.tree.map(lambda g, p: np.testing.assert_equal(g.shape, p.shape), grads, params)
 
 
-def flops(fn, *args):
-    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
-
-
 @pytest.mark.parametrize("name", BY_LOSSES)
 def test_methods_without_gram_take_one_backward_pass(name):
     params = make_params(width=64)
@@ -175,10 +164,6 @@ def test_methods_without_gram_take_one_backward_pass(name):
     cost = flops(fn, params, method.init(params), INPUTS, TARGETS)
     of_sum = jax.value_and_grad(lambda *args: losses_fn(*args).sum())
     assert cost <= 1.05 * flops(of_sum, params, INPUTS, TARGETS)
-
-
-def temporary_memory(fn, *args):
-    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_does_not_grow_with_the_number_of_tasks():

@@ -10,6 +10,7 @@ import optax_mtl
 from tests.common import (
     NUM_PARAMS,
     NUM_TASKS,
+    compiled_fast,
     every_method,
     matrices,
     promised,
@@ -34,9 +35,7 @@ def aggregate(name, num_tasks):
         step = lambda state, _: method.update(matrix, state, losses=losses)[::-1]
         return jax.lax.scan(step, method.init(matrix[0]), length=2)[1]
 
-    # Compiling takes the time here, so it is done without optimizing.
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(jax.vmap(two_steps, in_axes=(0, None)), compiler_options=options)
+    return compiled_fast(jax.vmap(two_steps, in_axes=(0, None)))
 
 
 def call(name, batch, losses=LOSSES):

@@ -150,7 +150,9 @@ def print_overhead(flags: str, rounds: int) -> None:
         state, frozen = train.start(config, experiment, split, backbone)
         calls[method] = _stepper(experiment.step, state, frozen, images)
     views = images.images[: 2 * config.batch_size]
-    calls["reference alone"] = lambda: experiment.before(frozen, views)
+    calls["reference alone"] = lambda: experiment.before(
+        frozen.reference, frozen.rest, views
+    )
 
     times = {name: [] for name in calls}
     for number in range(rounds + 3):

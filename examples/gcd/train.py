@@ -72,7 +72,7 @@ class Experiment(NamedTuple):
     init: Callable[[Any], tuple[Any, Any]]
     # From state, frozen, the data and whether to diagnose: one step and its metrics.
     step: Callable[..., tuple[State, dict[str, jax.Array]]]
-    # From frozen and images: features of the reference.
+    # From frozen's reference and rest and images: features of the reference.
     before: Callable[..., jax.Array]
     # From state, frozen and images: features and classes.
     after: Callable[..., tuple[jax.Array, jax.Array]]
@@ -202,8 +202,9 @@ def start(
     _, params, rest = nnx.split(network, _trains(config), ...)
     # A copy, since the state is donated to each step and the reference stays.
     reference, params = params["backbone"], jax.tree.map(jnp.copy, params)
-    frozen = Frozen(reference, rest, None, jax.random.key(config.seed))
-    z = in_batches(lambda x: experiment.before(frozen, x), split.images[split.labelled])
+    z = in_batches(
+        lambda x: experiment.before(reference, rest, x), split.images[split.labelled]
+    )
     conceptor = optax_mtl.fit_conceptor(
         jnp.asarray(z), config.aperture, relative=config.relative_aperture
     )
@@ -216,7 +217,7 @@ def start(
         optimizer=optimizer_state,
         coordinator=optax_mtl.EAGCState(energy),
     )
-    return state, frozen._replace(conceptor=conceptor)
+    return state, Frozen(reference, rest, conceptor, jax.random.key(config.seed))
 
 
 def make_experiment(config: Config, split: data.Split) -> Experiment:
@@ -247,14 +248,14 @@ def _make_experiment(config, shape, num_classes):
         {"backbone": sgd(config.backbone_lr), "heads": sgd(config.lr)}, _part
     )
 
-    def reference_features(frozen, x):
+    def reference_features(reference, rest, x):
         # What does not train is one with the model's, so that XLA computes it once.
-        rest = frozen.rest.get("backbone", nnx.State({}))
-        return nnx.merge(backbone_graph, frozen.reference, rest)(x)
+        rest = rest.get("backbone", nnx.State({}))
+        return nnx.merge(backbone_graph, reference, rest)(x)
 
     @jax.jit
-    def before(frozen, images):
-        return reference_features(frozen, data.plain(images))
+    def before(reference, rest, images):
+        return reference_features(reference, rest, data.plain(images))
 
     @jax.jit
     def after(state, frozen, images):
@@ -294,11 +295,14 @@ def _make_experiment(config, shape, num_classes):
                     coordinator,
                     strength=config.strength * projects,
                 )
+                reference = z
+                if aligns:
+                    reference = reference_features(frozen.reference, frozen.rest, x)
                 z = optax_mtl.coordinate(
                     z,
                     conceptor=frozen.conceptor,
                     weight=weight,
-                    reference=reference_features(frozen, x) if aligns else z,
+                    reference=reference,
                     labelled=labelled,
                     anchor=config.anchor * aligns,
                 )
@@ -419,7 +423,9 @@ def discover(
         board.close()
 
     report.plot_curves(out, config.method)
-    before = in_batches(lambda x: experiment.before(frozen, x), split.images)
+    before = in_batches(
+        lambda x: experiment.before(frozen.reference, frozen.rest, x), split.images
+    )
     after, _ = in_batches(lambda x: experiment.after(state, frozen, x), split.images)
     report.plot_features(out, before, after, split.labels, split.num_known)
 
@@ -479,9 +485,7 @@ def _method(name):
     if name == "sum" or name in COORDINATED:
         return None, 1
     method = optax_mtl.get(name, num_tasks=2)
-    # The authors of CAGrad, too, multiply by the number of tasks.
-    is_mean = optax_mtl.METHODS[name].scale == "mean" or name == "cagrad"
-    return method, 2 if is_mean else 1
+    return method, 2 if optax_mtl.METHODS[name].scale == "mean" else 1
 
 
 def _sgd(lr, lr_min, epochs, steps_per_epoch, weight_decay):

@@ -122,6 +122,9 @@ def eagc_pull_backs(
     Returns:
       The stacked updates, with a leading axis of size 4, and the new state.
 
+    Raises:
+      ValueError: for arrays whose shapes do not fit ``z``.
+
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp
