@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mtl import tasks
-from optax_mtl.methods.gcond import gcond
+from optax_mtl.methods.conflict.gcond import gcond
 
 
 def make_updates(num_tasks: int, num_params: int, num_leaves: int) -> dict:

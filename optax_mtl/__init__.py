@@ -2,11 +2,6 @@
 
 from optax_mtl import solvers as solvers
 from optax_mtl import weights as weights
-from optax_mtl.accumulation import MultiStepsState as MultiStepsState
-from optax_mtl.accumulation import accumulate_task_grads as accumulate_task_grads
-from optax_mtl.accumulation import has_updated as has_updated
-from optax_mtl.accumulation import multi_steps as multi_steps
-from optax_mtl.accumulation import next_task as next_task
 from optax_mtl.agreement import scale_by_agreement as scale_by_agreement
 from optax_mtl.base import from_gram as from_gram
 from optax_mtl.base import from_losses as from_losses
@@ -14,79 +9,92 @@ from optax_mtl.base import from_state as from_state
 from optax_mtl.catalog import METHODS as METHODS
 from optax_mtl.catalog import Entry as Entry
 from optax_mtl.catalog import get as get
-from optax_mtl.gradients import value_and_grad as value_and_grad
-from optax_mtl.gradients import (
+from optax_mtl.gradients.accumulated import MultiStepsState as MultiStepsState
+from optax_mtl.gradients.accumulated import (
+    accumulate_task_grads as accumulate_task_grads,
+)
+from optax_mtl.gradients.accumulated import has_updated as has_updated
+from optax_mtl.gradients.accumulated import multi_steps as multi_steps
+from optax_mtl.gradients.accumulated import next_task as next_task
+from optax_mtl.gradients.at_features import (
     value_and_grad_at_features as value_and_grad_at_features,
 )
-from optax_mtl.gradients import value_and_task_grads as value_and_task_grads
+from optax_mtl.gradients.resolved import value_and_grad as value_and_grad
+from optax_mtl.gradients.stacked import value_and_task_grads as value_and_task_grads
 from optax_mtl.guards import apply_if_finite as apply_if_finite
 from optax_mtl.guards import apply_updates as apply_updates
 from optax_mtl.guards import mean_tasks as mean_tasks
 from optax_mtl.guards import sum_tasks as sum_tasks
 from optax_mtl.guards import zero_nonfinite as zero_nonfinite
-from optax_mtl.methods.adatask import adatask as adatask
-from optax_mtl.methods.aligned_mtl import aligned_mtl as aligned_mtl
-from optax_mtl.methods.bloop import bloop as bloop
-from optax_mtl.methods.cagrad import cagrad as cagrad
-from optax_mtl.methods.config import config as config
-from optax_mtl.methods.coordinate_median import coordinate_median as coordinate_median
-from optax_mtl.methods.cosine_gating import cosine_gating as cosine_gating
-from optax_mtl.methods.cosmos import cosmos as cosmos
-from optax_mtl.methods.db_mtl import db_mtl as db_mtl
-from optax_mtl.methods.dualproj import dualproj as dualproj
-from optax_mtl.methods.dwa import dwa as dwa
-from optax_mtl.methods.dynamic_barrier import dynamic_barrier as dynamic_barrier
-from optax_mtl.methods.eagc import EAGCState as EAGCState
-from optax_mtl.methods.eagc import coordinate as coordinate
-from optax_mtl.methods.eagc import eagc as eagc
-from optax_mtl.methods.eagc import eagc_pull_backs as eagc_pull_backs
-from optax_mtl.methods.eagc import eagc_weights as eagc_weights
-from optax_mtl.methods.eagc import energy_ratio as energy_ratio
-from optax_mtl.methods.eagc import fit_conceptor as fit_conceptor
-from optax_mtl.methods.energy_gate import energy_gate as energy_gate
-from optax_mtl.methods.excess_mtl import excess_mtl as excess_mtl
-from optax_mtl.methods.fairgrad import fairgrad as fairgrad
-from optax_mtl.methods.famo import famo as famo
-from optax_mtl.methods.famo import famo_update as famo_update
-from optax_mtl.methods.gcond import Arbitration as Arbitration
-from optax_mtl.methods.gcond import gcond as gcond
-from optax_mtl.methods.gcond import scale_by_lion_lars as scale_by_lion_lars
-from optax_mtl.methods.geometric_median import geometric_median as geometric_median
-from optax_mtl.methods.gls import gls as gls
-from optax_mtl.methods.graddrop import graddrop as graddrop
-from optax_mtl.methods.gradnorm import gradnorm as gradnorm
-from optax_mtl.methods.gradvac import gradvac as gradvac
-from optax_mtl.methods.igb import igb as igb
-from optax_mtl.methods.imtl import imtl as imtl
-from optax_mtl.methods.imtl_g import imtl_g as imtl_g
-from optax_mtl.methods.imtl_l import imtl_l as imtl_l
-from optax_mtl.methods.inverse_norm import inverse_norm as inverse_norm
-from optax_mtl.methods.krum import krum as krum
-from optax_mtl.methods.linear import linear as linear
-from optax_mtl.methods.linear import mean as mean
-from optax_mtl.methods.m_config import m_config as m_config
-from optax_mtl.methods.metabalance import metabalance as metabalance
-from optax_mtl.methods.mgda import mgda as mgda
-from optax_mtl.methods.moco import moco as moco
-from optax_mtl.methods.modo import modo as modo
-from optax_mtl.methods.nash_mtl import nash_mtl as nash_mtl
-from optax_mtl.methods.pbi import pbi as pbi
-from optax_mtl.methods.pcd import pcd as pcd
-from optax_mtl.methods.pcgrad import pcgrad as pcgrad
-from optax_mtl.methods.priority_projection import (
-    priority_projection as priority_projection,
-)
-from optax_mtl.methods.random_weights import random_weights as random_weights
-from optax_mtl.methods.sam_gs import sam_gs as sam_gs
-from optax_mtl.methods.scale_invariant import scale_invariant as scale_invariant
-from optax_mtl.methods.sdmgrad import sdmgrad as sdmgrad
-from optax_mtl.methods.stch import stch as stch
-from optax_mtl.methods.trimmed_mean import trimmed_mean as trimmed_mean
-from optax_mtl.methods.uncertainty_weighting import (
+from optax_mtl.methods.balance.adatask import adatask as adatask
+from optax_mtl.methods.balance.db_mtl import db_mtl as db_mtl
+from optax_mtl.methods.balance.energy_gate import energy_gate as energy_gate
+from optax_mtl.methods.balance.excess_mtl import excess_mtl as excess_mtl
+from optax_mtl.methods.balance.fairgrad import fairgrad as fairgrad
+from optax_mtl.methods.balance.gradnorm import gradnorm as gradnorm
+from optax_mtl.methods.balance.imtl import imtl as imtl
+from optax_mtl.methods.balance.imtl_g import imtl_g as imtl_g
+from optax_mtl.methods.balance.inverse_norm import inverse_norm as inverse_norm
+from optax_mtl.methods.balance.nash_mtl import nash_mtl as nash_mtl
+from optax_mtl.methods.balance.sam_gs import sam_gs as sam_gs
+from optax_mtl.methods.baseline.linear import linear as linear
+from optax_mtl.methods.baseline.linear import mean as mean
+from optax_mtl.methods.baseline.random_weights import random_weights as random_weights
+from optax_mtl.methods.conflict.aligned_mtl import aligned_mtl as aligned_mtl
+from optax_mtl.methods.conflict.cagrad import cagrad as cagrad
+from optax_mtl.methods.conflict.config import config as config
+from optax_mtl.methods.conflict.dualproj import dualproj as dualproj
+from optax_mtl.methods.conflict.eagc import EAGCState as EAGCState
+from optax_mtl.methods.conflict.eagc import coordinate as coordinate
+from optax_mtl.methods.conflict.eagc import eagc as eagc
+from optax_mtl.methods.conflict.eagc import eagc_pull_backs as eagc_pull_backs
+from optax_mtl.methods.conflict.eagc import eagc_weights as eagc_weights
+from optax_mtl.methods.conflict.eagc import energy_ratio as energy_ratio
+from optax_mtl.methods.conflict.eagc import fit_conceptor as fit_conceptor
+from optax_mtl.methods.conflict.gcond import Arbitration as Arbitration
+from optax_mtl.methods.conflict.gcond import gcond as gcond
+from optax_mtl.methods.conflict.gcond import scale_by_lion_lars as scale_by_lion_lars
+from optax_mtl.methods.conflict.graddrop import graddrop as graddrop
+from optax_mtl.methods.conflict.gradvac import gradvac as gradvac
+from optax_mtl.methods.conflict.m_config import m_config as m_config
+from optax_mtl.methods.conflict.mgda import mgda as mgda
+from optax_mtl.methods.conflict.moco import moco as moco
+from optax_mtl.methods.conflict.modo import modo as modo
+from optax_mtl.methods.conflict.pcgrad import pcgrad as pcgrad
+from optax_mtl.methods.conflict.sdmgrad import sdmgrad as sdmgrad
+from optax_mtl.methods.conflict.upgrad import upgrad as upgrad
+from optax_mtl.methods.loss.cosmos import cosmos as cosmos
+from optax_mtl.methods.loss.dwa import dwa as dwa
+from optax_mtl.methods.loss.famo import famo as famo
+from optax_mtl.methods.loss.famo import famo_update as famo_update
+from optax_mtl.methods.loss.gls import gls as gls
+from optax_mtl.methods.loss.igb import igb as igb
+from optax_mtl.methods.loss.imtl_l import imtl_l as imtl_l
+from optax_mtl.methods.loss.pbi import pbi as pbi
+from optax_mtl.methods.loss.scale_invariant import scale_invariant as scale_invariant
+from optax_mtl.methods.loss.stch import stch as stch
+from optax_mtl.methods.loss.uncertainty_weighting import (
     uncertainty_weighting as uncertainty_weighting,
 )
-from optax_mtl.methods.upgrad import upgrad as upgrad
-from optax_mtl.methods.uw_so import uw_so as uw_so
+from optax_mtl.methods.loss.uw_so import uw_so as uw_so
+from optax_mtl.methods.priority.bloop import bloop as bloop
+from optax_mtl.methods.priority.cosine_gating import cosine_gating as cosine_gating
+from optax_mtl.methods.priority.dynamic_barrier import (
+    dynamic_barrier as dynamic_barrier,
+)
+from optax_mtl.methods.priority.metabalance import metabalance as metabalance
+from optax_mtl.methods.priority.pcd import pcd as pcd
+from optax_mtl.methods.priority.priority_projection import (
+    priority_projection as priority_projection,
+)
+from optax_mtl.methods.robust.coordinate_median import (
+    coordinate_median as coordinate_median,
+)
+from optax_mtl.methods.robust.geometric_median import (
+    geometric_median as geometric_median,
+)
+from optax_mtl.methods.robust.krum import krum as krum
+from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
 from optax_mtl.tasks import Conflicts as Conflicts
 from optax_mtl.tasks import GramView as GramView
 from optax_mtl.tasks import combine as combine

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.methods import linear
+from optax_mtl.methods.baseline import linear
 
 
 def apply_if_finite(

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 import optax_mtl
 from optax_mtl import weights
-from optax_mtl.methods import famo as famo_module
-from optax_mtl.methods.gradnorm import gradnorm_gradient
-from optax_mtl.methods.sdmgrad import sdmgrad_weights
+from optax_mtl.methods.balance.gradnorm import gradnorm_gradient
+from optax_mtl.methods.conflict.sdmgrad import sdmgrad_weights
+from optax_mtl.methods.loss import famo as famo_module
 from tests.common import compiled_fast
 
 J3 = jnp.array([[3.0, 1, 0, 1], [-2, 1, 1, 0], [1, -1, 2, 0.5]])

@@ -45,9 +45,9 @@ def test_row_is_of_the_known_kinds(name):
 
 def test_every_weights_function_has_a_short_name():
     found = set()
-    for module in pkgutil.iter_modules(methods.__path__):
-        names = vars(importlib.import_module(f"optax_mtl.methods.{module.name}"))
-        if module.name == "eagc":
+    for module in pkgutil.walk_packages(methods.__path__, "optax_mtl.methods."):
+        names = vars(importlib.import_module(module.name))
+        if module.name.endswith(".eagc"):
             continue  # Its weights are those of samples, not of tasks.
         own = {n for n, v in names.items() if inspect.isfunction(v)}
         found |= {n for n in own if n.endswith("_weights") and not n.startswith("_")}

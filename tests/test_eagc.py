@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from optax_mtl.methods import eagc as lib
+from optax_mtl.methods.conflict import eagc as lib
 
 
 def wave(rows, columns, offset=0.0, frequency=1.0):

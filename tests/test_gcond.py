@@ -8,7 +8,11 @@ import pytest
 
 import optax_mtl
 from optax_mtl import tasks
-from optax_mtl.methods.gcond import gcond, gcond_coefficients, scale_by_lion_lars
+from optax_mtl.methods.conflict.gcond import (
+    gcond,
+    gcond_coefficients,
+    scale_by_lion_lars,
+)
 
 
 def _two_tasks():

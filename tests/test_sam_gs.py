@@ -8,7 +8,7 @@ import pytest
 
 import optax_mtl
 from benchmarks import toy
-from optax_mtl.methods.sam_gs import magnitude_similarity
+from optax_mtl.methods.balance.sam_gs import magnitude_similarity
 
 
 def gradients(scales, step):

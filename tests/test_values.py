@@ -16,7 +16,8 @@ import scipy.optimize
 
 import optax_mtl
 from optax_mtl import weights
-from optax_mtl.methods import pcgrad, random_weights
+from optax_mtl.methods.baseline import random_weights
+from optax_mtl.methods.conflict import pcgrad
 from tests.common import NUM_TASKS, matrices
 
 J2 = [[-4.0, 1, 1], [6, 1, 1]]  # Of TorchJD's test_values.py.

@@ -1,1 +1,1 @@
-"""The methods: one paper, one file."""
+"""The methods: one folder a family, one file a paper."""

@@ -4,7 +4,7 @@ import jax
 import optax
 
 from optax_mtl import base
-from optax_mtl.methods import fairgrad
+from optax_mtl.methods.balance import fairgrad
 
 
 def nash_mtl(

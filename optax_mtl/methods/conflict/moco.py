@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, solvers, tasks
-from optax_mtl.methods.db_mtl import scheduled_ema
-from optax_mtl.methods.modo import move_on_simplex, uniform
+from optax_mtl.methods.balance.db_mtl import scheduled_ema
+from optax_mtl.methods.conflict.modo import move_on_simplex, uniform
 from optax_mtl.wrappers import per_task
 
 

@@ -82,7 +82,7 @@ def gcond(
 
     Returns:
       A gradient transformation that aggregates stacked updates. Its state holds the
-      last :class:`~optax_mtl.methods.gcond.Arbitration`, to be read with
+      last :class:`~optax_mtl.methods.conflict.gcond.Arbitration`, to be read with
       ``optax.tree.get(state, "arbitration")``.
 
     Raises:

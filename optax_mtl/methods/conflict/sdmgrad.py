@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, solvers, tasks
-from optax_mtl.methods.modo import (
+from optax_mtl.methods.conflict.modo import (
     from_two_batches,
     move_on_simplex,
     split_batches,

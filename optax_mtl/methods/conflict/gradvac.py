@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, solvers, tasks
-from optax_mtl.methods import pcgrad
+from optax_mtl.methods.conflict import pcgrad
 
 
 class GradVacState(NamedTuple):

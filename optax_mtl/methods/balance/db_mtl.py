@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
-from optax_mtl.methods.inverse_norm import inverse_norm, inverse_norm_weights
+from optax_mtl.methods.balance.inverse_norm import inverse_norm, inverse_norm_weights
 from optax_mtl.wrappers import log_losses, per_task
 
 

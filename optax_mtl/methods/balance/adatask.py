@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from optax_mtl.methods.linear import linear
+from optax_mtl.methods.baseline.linear import linear
 from optax_mtl.wrappers import per_task
 
 

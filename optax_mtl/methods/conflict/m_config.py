@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.methods.config import config_weights
+from optax_mtl.methods.conflict.config import config_weights
 
 
 class MConFIGState(NamedTuple):

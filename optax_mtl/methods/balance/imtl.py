@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.methods.imtl_g import imtl_g_weights
-from optax_mtl.methods.imtl_l import init_balance, learn_balance
+from optax_mtl.methods.balance.imtl_g import imtl_g_weights
+from optax_mtl.methods.loss.imtl_l import init_balance, learn_balance
 
 
 def imtl(

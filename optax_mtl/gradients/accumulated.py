@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import gradients, guards, tasks
+from optax_mtl import guards, tasks
+from optax_mtl.gradients.backward import stack_task_losses
+from optax_mtl.gradients.sharing import Mask, mask_of, merge, split
 
 
 def accumulate_task_grads(
@@ -16,7 +18,7 @@ def accumulate_task_grads(
     num_microbatches: int,
     *,
     has_aux: bool = False,
-    shared: gradients.Mask | Callable[[optax.Params], gradients.Mask] | None = None,
+    shared: Mask | Callable[[optax.Params], Mask] | None = None,
     one_task_each: bool = False,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Callable[..., tuple[Any, optax.Updates]]:
@@ -83,18 +85,18 @@ def accumulate_task_grads(
         first = jax.tree.map(lambda x: x[0], batches)
         like = jax.eval_shape(losses_fn, params, *first, **kwargs)
         like = like[0] if has_aux else like
-        num_tasks = jax.eval_shape(gradients.stack_task_losses, like).size
+        num_tasks = jax.eval_shape(stack_task_losses, like).size
         per_task = num_microbatches
         if one_task_each:
             per_task = _per_task(num_microbatches, num_tasks, "num_microbatches")
-        shared_part, heads = gradients.split(params, shared)
+        shared_part, heads = split(params, shared)
 
         def add_all_tasks(totals, batch):
             def losses_of(shared_part, heads):
-                params = gradients.merge(shared_part, heads)
+                params = merge(shared_part, heads)
                 value = losses_fn(params, *batch, **kwargs)
                 losses = value[0] if has_aux else value
-                return gradients.stack_task_losses(losses), value
+                return stack_task_losses(losses), value
 
             vector, pull_back, value = jax.vjp(
                 losses_of, shared_part, heads, has_aux=True
@@ -112,7 +114,7 @@ def accumulate_task_grads(
 
         def grads_of_one(task, batch):
             def loss_fn(shared_part, heads):
-                params = gradients.merge(shared_part, heads)
+                params = merge(shared_part, heads)
                 value = losses_fn(params, *batch, **kwargs)
                 losses, aux = value if has_aux else (value, None)
                 leaves = jax.tree.leaves(losses)
@@ -141,7 +143,7 @@ def accumulate_task_grads(
             totals, out = jax.lax.scan(add_all_tasks, totals, batches)
         vectors, aux = out
         losses = _like_losses(vectors.reshape(per_task, num_tasks).mean(axis=0), like)
-        return ((losses, aux) if has_aux else losses), gradients.merge(*totals)
+        return ((losses, aux) if has_aux else losses), merge(*totals)
 
     return fn
 
@@ -161,7 +163,7 @@ def multi_steps(
     every_k: int,
     num_tasks: int,
     *,
-    shared: gradients.Mask | Callable[[optax.Params], gradients.Mask] | None = None,
+    shared: Mask | Callable[[optax.Params], Mask] | None = None,
     one_task_each: bool = False,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -214,7 +216,7 @@ def multi_steps(
         per_task = _per_task(every_k, num_tasks, "every_k")
 
     def init(params):
-        shared_part, heads = gradients.split(params, shared)
+        shared_part, heads = split(params, shared)
         totals = (
             _zeros(shared_part, accumulator_dtype, num_tasks),
             _zeros(heads, accumulator_dtype),
@@ -223,14 +225,14 @@ def multi_steps(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
             losses=jnp.zeros(num_tasks, jnp.float32),
-            acc_grads=gradients.merge(*totals),
+            acc_grads=merge(*totals),
             inner_opt_state=tx.init(params),
         )
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
-        mask = gradients.mask_of(updates if params is None else params, shared)
+        mask = mask_of(updates if params is None else params, shared)
         (shared_part, heads), (totals, head_totals) = (
-            gradients.split(tree, mask) for tree in (updates, state.acc_grads)
+            split(tree, mask) for tree in (updates, state.acc_grads)
         )
         vector = state.losses
         if one_task_each:
@@ -244,7 +246,7 @@ def multi_steps(
             totals = _add(totals, shared_part, per_task)
             if losses is not None:
                 vector += tasks.stack_losses(losses, num_tasks) / per_task
-        accumulated = gradients.merge(totals, _add(head_totals, heads, per_task))
+        accumulated = merge(totals, _add(head_totals, heads, per_task))
         extra_args["losses"] = None if losses is None else vector
         step = lambda: tx.update(
             accumulated, state.inner_opt_state, params, **extra_args

@@ -3,7 +3,7 @@
 import optax
 
 from optax_mtl import tasks
-from optax_mtl.methods import trimmed_mean
+from optax_mtl.methods.robust import trimmed_mean
 
 
 def coordinate_median() -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,82 @@
+"""What each method is, reads and promises: one row a method, one table a family."""
+
+from typing import Any
+
+import optax
+
+from optax_mtl.catalog import balance, baseline, conflict, loss, priority, robust
+from optax_mtl.catalog.entry import Entry as Entry
+from optax_mtl.catalog.entry import hint
+
+METHODS: dict[str, Entry] = (
+    baseline.ROWS
+    | conflict.ROWS
+    | balance.ROWS
+    | loss.ROWS
+    | priority.ROWS
+    | robust.ROWS
+)
+
+
+def get(
+    name: str, num_tasks: int, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method by its name.
+
+    Args:
+      name: a key of :data:`METHODS`.
+      num_tasks: number of tasks, T.
+      **options: arguments of the method.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      ValueError: for a name that is not in the catalog.
+      TypeError: for an option that the method does not have.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.get("pcgrad", num_tasks=2, key=3)
+      >>> optax_mtl.get("pcgradd", num_tasks=2)
+      Traceback (most recent call last):
+      ...
+      ValueError: there is no method 'pcgradd'; did you mean 'pcgrad'?
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; {hint(name, METHODS)}")
+    return METHODS[name].make(num_tasks, **options)
+
+
+def as_markdown() -> str:
+    """The catalog as the table in the README."""
+    yes = lambda condition: "yes" if condition else ""
+    columns = (
+        "method",
+        "family",
+        "paper",
+        "never conflicts",
+        "scale-free",
+        "needs losses",
+        "one backward",
+        "extra memory",
+        "scale",
+    )
+    row = lambda cells: f"| {' | '.join(cells)} |"
+    lines = [row(columns), "|" + "---|" * len(columns)]
+    for name, entry in METHODS.items():
+        _, venue, address = entry.paper
+        cells = (
+            f"`{name}`",
+            entry.family,
+            f"[{venue}]({address})" if address else venue,
+            yes("never_conflicts" in entry.promises),
+            yes("scale_free" in entry.promises),
+            yes("losses" in entry.reads),
+            yes(not entry.reads & {"gram", "gradients"}),
+            "" if entry.state in ("none", "tasks") else entry.state,
+            entry.scale,
+        )
+        lines.append(row(cells))
+    return "\n".join(lines)

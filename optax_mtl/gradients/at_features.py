@@ -1,0 +1,118 @@
+"""Conflicts resolved at the features of a shared trunk."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import tasks
+from optax_mtl.gradients.backward import (
+    MAX_WRITTEN_OUT_HEADS,
+    pull_back_each,
+    separate_losses,
+)
+from optax_mtl.gradients.sharing import split
+
+
+def value_and_grad_at_features(
+    trunk_fn: Callable[..., Any],
+    heads_fn: Callable[..., Any],
+    method: optax.GradientTransformation,
+    has_aux: bool = False,
+    *,
+    sum_batch: bool = False,
+) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
+    r"""Makes a function that resolves conflicts at the features of a shared trunk.
+
+    .. math::
+
+      z = f(\theta), \qquad \nabla_\theta = \Big(\frac{\partial z}{\partial \theta}
+      \Big)^\top A\big(\nabla_z L_1, \ldots, \nabla_z L_T\big)
+      + \sum_i \frac{\partial L_i}{\partial \theta} \Big|_z
+
+    The method :math:`A` resolves the gradients with respect to the features, which
+    cost a backward pass through the heads alone; one backward pass through the
+    trunk follows. Heads get the gradient of the sum of the losses.
+
+    Args:
+      trunk_fn: maps the parameters and further arguments to the features, an array
+        or a tree of arrays.
+      heads_fn: maps the parameters, the features and the same further arguments to
+        the losses, as in :func:`value_and_task_grads`.
+      method: any method.
+      has_aux: whether both functions return a pair, with auxiliary data second.
+      sum_batch: whether to measure the gradients after summing them over the
+        leading axis of the features, the examples. The weights apply to each
+        example as before; the method must read nothing but the Gram matrix and the
+        losses.
+
+    Returns:
+      A function of the parameters, the state of the method and further arguments
+      that returns ``(losses, grads, state)``, or ``((losses, aux), grads, state)``
+      where ``aux`` is the pair of what the trunk and the heads returned. A method
+      whose state has the size of what it resolves is initialised by the features.
+
+    Raises:
+      TypeError: at the call, with ``sum_batch`` for a method that reads gradients
+        and for parameters that are not floating point.
+      ValueError: at the call, if the losses are neither a vector nor scalars.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> trunk_fn = lambda params, x: x * params["trunk"]
+      >>> heads_fn = lambda params, z, x: jnp.mean((z * params["head"] - 1) ** 2, 0)
+      >>> fn = optax_mtl.value_and_grad_at_features(
+      ...     trunk_fn, heads_fn, optax_mtl.mean()
+      ... )
+      >>> params = {"trunk": jnp.array(1.0), "head": jnp.array([[1.0, 2.0]])}
+      >>> losses, grads, state = fn(params, (), jnp.array([[1.0], [2.0]]))
+      >>> print(losses, grads["trunk"], grads["head"][0])
+      [0.5 5. ] 8.0 [2. 7.]
+
+    References:
+      Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
+      <https://arxiv.org/abs/1810.04650>`_, NeurIPS 2018
+
+    .. note::
+      This is exact for the sum, and an upper bound in the paper's sense otherwise:
+      conflicts at the features are not conflicts at the parameters.
+    """
+    method = optax.with_extra_args_support(method)
+
+    def fn(params, state, *args, **kwargs):
+        def features_of(params):
+            value = trunk_fn(params, *args, **kwargs)
+            return value if has_aux else (value, None)
+
+        split(params, None)  # Validates the parameters.
+        features, pull_back_trunk, trunk_aux = jax.vjp(
+            features_of, params, has_aux=True
+        )
+
+        def losses_of(params, features):
+            value = heads_fn(params, features, *args, **kwargs)
+            losses = value[0] if has_aux else value
+            return separate_losses(losses, MAX_WRITTEN_OUT_HEADS), value
+
+        primals = (params, features)
+        losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
+        updates = pull_back_each(push_forward, primals, losses)[1]
+        vector = tasks.stack_losses(losses, None)
+        if sum_batch:
+            totals = lambda: jax.tree.map(lambda g: g.sum(axis=1), updates)
+            view = tasks.GramView(len(vector), lambda: tasks.gram(totals()))
+            weights, state = method.update(view, state, features, losses=vector)
+            resolved = tasks.combine(weights, updates)
+        else:
+            resolved, state = method.update(updates, state, features, losses=vector)
+        pull_back = jax.linear_transpose(push_forward, *primals)
+        ones = jax.tree.map(jnp.ones_like, losses)
+        grads = optax.tree.add(pull_back_trunk(resolved)[0], pull_back(ones)[0])
+        if has_aux:
+            value = (value[0], (trunk_aux, value[1]))
+        return value, grads, state
+
+    return fn

@@ -1,0 +1,69 @@
+"""What every way of getting gradients shares: losses in, cotangents back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_mtl import tasks
+from optax_mtl.gradients.sharing import merge
+
+# More tasks than these are batched or run in a loop, for the sake of compile time.
+MAX_WRITTEN_OUT, MAX_WRITTEN_OUT_HEADS = 8, 64
+
+
+def vector_fn(losses_fn, has_aux, args, kwargs):
+    """Function of shared parameters and heads to losses and what to return."""
+
+    def losses_of(shared_part, heads):
+        value = losses_fn(merge(shared_part, heads), *args, **kwargs)
+        losses = value[0] if has_aux else value
+        return separate_losses(losses, MAX_WRITTEN_OUT), value
+
+    return losses_of
+
+
+def separate_losses(losses: Any, limit: int) -> jax.Array | list[jax.Array]:
+    """A list of named losses, up to a limit, otherwise a vector."""
+    vector = stack_task_losses(losses)
+    if hasattr(losses, "shape") or len(vector) > limit:
+        return vector
+    return [x.astype(vector.dtype) for x in map(jnp.asarray, jax.tree.leaves(losses))]
+
+
+def basis_of(losses):
+    """Cotangents of each loss, stacked, in the structure of the losses."""
+    # Unlike jnp.eye, this varies over devices under shard_map as the losses do.
+    basis = jnp.diag(jnp.ones_like(tasks.stack_losses(losses, None)))
+    return list(basis) if isinstance(losses, list) else basis
+
+
+def pull_back_each(push_forward, primals, losses):
+    """Stacked gradients of all losses with respect to all arguments."""
+    basis = basis_of(losses)
+    if not isinstance(losses, list):
+        return jax.vmap(jax.linear_transpose(push_forward, *primals))(basis)
+    rows = []
+    for task in range(len(losses)):
+        # Transposed by itself, so that only the head of this task is traversed.
+        one = lambda *tangents, task=task: push_forward(*tangents)[task]
+        rows.append(jax.linear_transpose(one, *primals)(basis[task][task]))
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
+
+
+def stack_task_losses(losses: Any) -> jax.Array:
+    """The losses that ``losses_fn`` returned, as one vector of shape ``(T,)``.
+
+    Raises:
+      ValueError: if they are neither a vector nor a tree of scalars.
+    """
+    leaves = jax.tree.leaves(losses)
+    is_array = hasattr(losses, "shape")
+    if not leaves or any(jnp.ndim(x) != is_array for x in leaves):
+        raise ValueError(
+            "losses_fn should return one loss for each task, as a vector of shape"
+            " (T,) or a dict of scalars, but returned shapes"
+            f" {jax.tree.map(jnp.shape, losses)}; do not sum the losses, and average"
+            " each over its batch"
+        )
+    return tasks.stack_losses(losses, None)
