@@ -37,8 +37,8 @@ def row(
     def make(num_tasks: int, **options: Any) -> optax.GradientTransformationExtraArgs:
         for option in options:
             if option not in known:
-                hint = hint(option, [name for name in known if name != "num_tasks"])
-                raise TypeError(f"{factory.__name__} has no option {option!r}; {hint}")
+                meant = hint(option, [name for name in known if name != "num_tasks"])
+                raise TypeError(f"{factory.__name__} has no option {option!r}; {meant}")
         if "num_tasks" in known:
             options["num_tasks"] = num_tasks
         return factory(**options)

@@ -38,10 +38,10 @@ def adatask(
       >>> import jax.numpy as jnp
       >>> import optax_mtl
       >>> method = optax_mtl.adatask(num_tasks=2)
-      >>> updates, state = jnp.array([[3.0, -1], [100, 50]]), method.init(jnp.zeros(2))
+      >>> updates, state = jnp.array([[3.0, 1], [100, 50]]), method.init(jnp.zeros(2))
       >>> update, _ = method.update(updates, state)
-      >>> print(jnp.array_str(update, precision=3, suppress_small=True))
-      [2. 0.]
+      >>> print(jnp.array_str(update, precision=3))
+      [2. 2.]
 
     References:
       Yang et al, `AdaTask: A Task-aware Adaptive Learning Rate Approach to

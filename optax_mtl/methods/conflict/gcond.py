@@ -97,7 +97,7 @@ def gcond(
       >>> method = optax_mtl.gcond(num_tasks=2)
       >>> state = method.init(jnp.zeros(2))
       >>> update, state = method.update(updates, state)
-      >>> print(jnp.array_str(update, precision=3, suppress_small=True))
+      >>> print(jnp.array_str(update, precision=3))
       [0.622 2.08 ]
       >>> print(state.arbitration.winners)
       [-1 -1  1]

@@ -48,11 +48,11 @@ def mgda(
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
-      >>> updates = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> updates = jnp.array([[1.0, 0.0], [0.0, 2.0]])
       >>> method = optax_mtl.mgda()
-      >>> update, _ = method.update(updates, method.init(jnp.zeros(3)))
-      >>> print(jnp.array_str(update, precision=3, suppress_small=True))
-      [0. 1. 1.]
+      >>> update, _ = method.update(updates, method.init(jnp.zeros(2)))
+      >>> print(jnp.array_str(update, precision=3))
+      [0.8 0.4]
 
     References:
       Désidéri, `Multiple-gradient descent algorithm (MGDA) for multiobjective

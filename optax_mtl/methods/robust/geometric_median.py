@@ -29,11 +29,11 @@ def geometric_median(num_iters: int = 100) -> optax.GradientTransformationExtraA
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
-      >>> updates = jnp.array([[1.0, 0], [-1, 0], [0, 1], [0, -1e6]])
+      >>> updates = jnp.array([[2.0, 2], [0, 2], [1, 3], [1, -1e6]])
       >>> method = optax_mtl.geometric_median()
       >>> update, _ = method.update(updates, method.init(jnp.zeros(2)))
-      >>> print(jnp.array_str(update, precision=3, suppress_small=True))
-      [0. 0.]
+      >>> print(jnp.array_str(update, precision=3))
+      [1. 2.]
 
     References:
       Pillutla et al, `Robust Aggregation for Federated Learning
