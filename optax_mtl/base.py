@@ -10,8 +10,12 @@ returns updates with the shapes of the parameters, so it comes first in
 * measures in float32 or better and returns the dtypes of the gradients;
 * treats a task whose gradient is exactly zero as absent: the other tasks get
   what they would get without it, and its own statistics stay as they are;
-* returns non-finite updates for non-finite gradients and then leaves its state
-  as it was, so that :func:`optax.apply_if_finite` may skip the step;
+* sees norms from 1e-15 to 1e15: in float32, smaller gradients lose digits when they
+  are squared, from 1e-19 they vanish, and from 1e19 on they count as not finite
+  (methods that square nothing see every float32 number);
+* returns non-finite updates for non-finite gradients; whenever its update is not
+  finite it leaves its state as it was, so that :func:`optax.apply_if_finite` may
+  skip the step;
 * raises at trace time for updates that are not stacked gradients.
 
 Most methods are a pure function from the Gram matrix, the losses and a small
@@ -187,8 +191,12 @@ def with_reference(
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether all entries of all arrays are finite, a scalar."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    """Whether all entries of all floating-point arrays are finite, a scalar."""
+    finite = [
+        jnp.all(jnp.isfinite(x))
+        for x in map(jnp.asarray, jax.tree.leaves(tree))
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
     return jnp.all(jnp.array(finite)) if finite else jnp.array(True)
 
 

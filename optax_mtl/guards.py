@@ -14,7 +14,7 @@ from optax_mtl.methods.baseline import linear
 def apply_if_finite(
     tx: optax.GradientTransformation, max_consecutive_errors: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips steps whose task gradients or losses are not finite.
+    """Skips steps whose task gradients, losses or updates are not finite.
 
     Wraps a whole chain that begins with a method, as :func:`optax.apply_if_finite`
     wraps one that does not: instead of a step there are updates of zero, and the
@@ -45,15 +45,17 @@ def apply_if_finite(
         return optax.apply_if_finite(tx, max_consecutive_errors).init(params)
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
-        finite = base.all_finite((updates, losses))
         increment = optax.safe_increment
-        count = jnp.where(finite, 0, increment(state.notfinite_count))
         step = lambda: tx.update(
             updates, state.inner_state, params, losses=losses, **extra_args
         )
-        skip = lambda: (zero_outputs(step, updates), state.inner_state)
+        stepped = step()
+        # Finite gradients whose squares are not give updates that are not.
+        finite = base.all_finite((updates, losses, stepped[0]))
+        count = jnp.where(finite, 0, increment(state.notfinite_count))
+        skipped = zero_outputs(step, updates), state.inner_state
         out, inner_state = jax.lax.cond(
-            finite | (count > max_consecutive_errors), step, skip
+            finite | (count > max_consecutive_errors), lambda: stepped, lambda: skipped
         )
         total = state.total_notfinite
         return out, optax.ApplyIfFiniteState(
@@ -73,7 +75,7 @@ def zero_outputs(step: Callable[[], Any], updates: optax.Updates) -> optax.Updat
 
 
 def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
-    """Makes tasks absent whose gradients are not finite.
+    """Makes tasks absent whose gradients are not finite, or too large to be squared.
 
     Comes before a method, which then resolves the other tasks and leaves the
     statistics of these alone. A method that reads losses needs a loss of 0 there as
@@ -97,9 +99,7 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
         del extra_args
         if tasks.check_stacked(updates, params) is None:
             return updates, state
-        finite_entries = lambda g: jnp.isfinite(g).all(axis=tuple(range(1, g.ndim)))
-        finite = jnp.stack(jax.tree.leaves(jax.tree.map(finite_entries, updates)))
-        keep = finite.all(axis=0)
+        keep = jnp.isfinite(tasks.squared_norms(updates))
         drop = lambda g: jnp.where(tasks.along_tasks(keep, g), g, 0)
         return jax.tree.map(drop, updates), state
 

@@ -382,6 +382,21 @@ def has_gradient(updates: optax.Updates) -> jax.Array:
     return jnp.any(jnp.stack([nonzero(x) for x in jax.tree.leaves(updates)]), axis=0)
 
 
+def squared_norms(updates: optax.Updates) -> jax.Array:
+    """Squared norms of the task gradients, shape ``(T,)``, in float32 or better.
+
+    Not finite for a gradient that is not, nor for one that is too large to be squared:
+    no method can measure it.
+    """
+
+    def square(x):
+        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        axes = tuple(range(1, x.ndim))
+        return jnp.sum((precise * precise.conj()).real, axis=axes)
+
+    return sum(square(x) for x in jax.tree.leaves(updates))
+
+
 def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
     """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
     scale = lambda x: (along_tasks(factors, x) * x).astype(x.dtype)

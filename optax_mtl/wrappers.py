@@ -43,7 +43,9 @@ def per_task(
     .. note::
       A task whose gradient is exactly zero is absent: its update is zero and its
       state stays as it was, so that the running averages of a task do not decay
-      where its labels are missing.
+      where its labels are missing. Where a gradient is not finite or too large to
+      be squared, the updates of a transformation that has a state are NaN, and the
+      state stays.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -61,7 +63,12 @@ def per_task(
             exists, tx, g, s, params, **extra_args
         )
         new_updates, new_state = jax.vmap(update_one)(exists, updates, state)
-        return new_updates, base.keep_if(base.all_finite(updates), new_state, state)
+        if not jax.tree.leaves(state):
+            return new_updates, new_state
+        # Squares fit, and with them what running averages of them become.
+        finite = base.all_finite(tasks.squared_norms(updates))
+        new_updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan), new_updates)
+        return new_updates, base.keep_if(finite, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -196,8 +203,8 @@ def smooth_weights(
             weights=jnp.where(exists, average, state.weights),
             inner=inner,
         )
-        new_state = base.keep_if(base.all_finite(weights), new_state, state)
-        return tasks.combine(jnp.where(exists, average, 0), updates), new_state
+        out = tasks.combine(jnp.where(exists, average, 0), updates)
+        return out, base.keep_if(base.all_finite(out), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -323,7 +330,9 @@ def per_group(
 
     def update(updates, state, params=None, **extra_args):
         tasks.check_stacked(updates, params)
-        return partition(updates).update(updates, state, params, **extra_args)
+        out, new_state = partition(updates).update(updates, state, params, **extra_args)
+        # One step for all groups: where one is not finite, all keep their state.
+        return out, base.keep_if(base.all_finite(out), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -118,6 +118,8 @@ def energy_gate(
     def resolve(g, energy, usual, count, exists):
         usual = usual / (1 - energy_decay ** jnp.maximum(count, 1))
         factor = jnp.asarray(boost) / jnp.where(usual > 0, usual, 1)
+        # Energies may add up to more than each of them is.
+        factor = jnp.where(jnp.isfinite(usual), factor, jnp.nan)
         # Energies of zero become the smallest number, and stay equal to each other.
         tiny = jnp.finfo(energy.dtype).tiny
         logits = (

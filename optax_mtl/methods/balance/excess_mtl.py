@@ -86,28 +86,29 @@ def excess_mtl(
             return updates, state
         square = lambda g, s: jnp.square(g.astype(s.dtype))
         squares = jax.tree.map(lambda g, s: s + square(g, s), updates, state.squares)
-        # A sum of squares of zero has seen nothing but zeros.
-        excess_leaf = lambda g, s: jnp.sum(
-            square(g, s) / jnp.sqrt(jnp.where(s > 0, s, 1)),
-            axis=tuple(range(1, g.ndim)),
-        )
+
+        def excess_leaf(g, s):
+            # A sum of squares of zero has seen nothing but zeros.
+            risk = square(g, s) / jnp.sqrt(jnp.where(s > 0, s, 1))
+            return jnp.sum(
+                jnp.where(jnp.isfinite(s), risk, jnp.nan), axis=tuple(range(1, g.ndim))
+            )
+
         excess = jax.tree.reduce(jnp.add, jax.tree.map(excess_leaf, updates, squares))
         exists = excess > 0
         known = state.counts >= warmup_steps
         growth = eta * excess * warmup_steps * base.reciprocal(state.initial)
         logits = state.logits + jnp.where(exists & known, growth, 0)
-        finite = base.all_finite(excess)
-        weights = jnp.where(finite, excess_mtl_weights(logits, exists), jnp.nan)
+        weights = excess_mtl_weights(logits, exists)
+        weights = jnp.where(base.all_finite(excess), weights, jnp.nan)
+        out = tasks.combine(weights, updates)
         new_state = ExcessMTLState(
             squares=squares,
             logits=logits - logits.max(),
             counts=state.counts + (exists & ~known),
             initial=state.initial + jnp.where(known, 0, excess),
         )
-        return (
-            tasks.combine(weights, updates),
-            base.keep_if(finite, new_state, state),
-        )
+        return out, base.keep_if(base.all_finite(out), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -156,8 +156,8 @@ def sam_gs(
             return (factor * jnp.sum(sizes * g, axis=0)).astype(g.dtype)
 
         new_state = SAMGSState(counts, momentum, steps, dissimilarity)
-        new_state = base.keep_if(base.all_finite(gram), new_state, state)
-        return jax.tree.map(resolve, updates, momentum), new_state
+        out = jax.tree.map(resolve, updates, momentum)
+        return out, base.keep_if(base.all_finite(out), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

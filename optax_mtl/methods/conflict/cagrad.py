@@ -84,6 +84,7 @@ def cagrad_weights(
     Returns:
       Array of shape ``(T,)``.
     """
+    gram, _ = solvers.normalize_gram(gram)  # Its squares are numbers, too.
     radius = c * jnp.sqrt(jnp.maximum(average @ gram @ average, 0))
     # The dual problem: the direction is sought in the hull of the task gradients.
     exists = tasks.present(gram)

@@ -86,7 +86,7 @@ def m_config(
         del extra_args
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
-        exists, finite = tasks.has_gradient(updates), base.all_finite(updates)
+        exists = tasks.has_gradient(updates)
         decay = jnp.where(exists, b1, 1)
         first = jax.tree.map(
             lambda m, g: tasks.scale_tasks(decay, m) + tasks.scale_tasks(1 - decay, g),
@@ -109,6 +109,9 @@ def m_config(
             direction,
             state.direction,
         )
+
+        # A gradient too large to be squared makes the moments infinite.
+        finite = base.all_finite((tasks.squared_norms(updates), second))
 
         def step(d, s, g):
             out = jnp.where(moves, d / (jnp.sqrt(s / bias(b2, steps)) + eps), 0)

@@ -118,7 +118,8 @@ def _scale_to_losses():
         count = tasks.check_stacked(updates, params)
         if count is None:
             return updates, state
-        norms = jnp.sqrt(jnp.diagonal(tasks.gram(updates)))
+        norms = jnp.sqrt(tasks.squared_norms(updates))
+        norms = jnp.where(jnp.isfinite(norms), norms, jnp.nan)  # Not absent.
         factors = tasks.stack_losses(losses, count) * base.reciprocal(norms)
         return tasks.scale_tasks(factors, updates), state
 

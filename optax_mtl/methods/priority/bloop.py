@@ -100,6 +100,7 @@ def bloop(
         average = optax.incremental_update(main, state.average, step)
         squared = optax.tree.norm(average, squared=True)
         ratio = optax.tree.vdot(secondary, average) / jnp.where(squared > 0, squared, 1)
+        ratio = jnp.where(jnp.isfinite(squared), ratio, jnp.nan)
         if barrier:
             ratio = jnp.minimum(ratio, 1 / weight)
 

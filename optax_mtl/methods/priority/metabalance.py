@@ -97,8 +97,8 @@ def metabalance(
             ratio = jnp.clip(ratio, *_STRATEGIES[strategy])
             return tasks.combine((ratio - 1) * relax + 1, g)
 
+        out = jax.tree.map(resolve, updates, counts, norms)
         new_state = MetaBalanceState(counts, norms)
-        new_state = base.keep_if(base.all_finite(now), new_state, state)
-        return jax.tree.map(resolve, updates, counts, norms), new_state
+        return out, base.keep_if(base.all_finite(out), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -14,7 +14,7 @@ class PCDState(NamedTuple):
     """State of :func:`pcd`."""
 
     counts: jax.Array  # Gradients seen from each task, shape `(num_tasks,)`.
-    squared_norms: jax.Array  # Moving averages, shape `(num_tasks,)`.
+    squared_norms: jax.Array  # Moving averages, unbiased, shape `(num_tasks,)`.
 
 
 def pcd(
@@ -87,10 +87,11 @@ def pcd(
     def step(state, gram):
         exists = tasks.present(gram)
         counts = jnp.where(exists, optax.safe_increment(state.counts), state.counts)
-        average = decay * state.squared_norms + (1 - decay) * jnp.diagonal(gram)
-        average = jnp.where(exists, average, state.squared_norms)
-        debiased = average / (1 - decay ** jnp.maximum(counts, 1))
-        weights = pcd_weights(gram, debiased, tau, primary)
+        # Corrected for its start from 0 as it moves: small squares are not divided.
+        rate = (1 - decay) / (1 - decay ** jnp.maximum(counts, 1))
+        change = jnp.diagonal(gram) - state.squared_norms
+        average = state.squared_norms + jnp.where(exists, rate * change, 0)
+        weights = pcd_weights(gram, average, tau, primary)
         return weights, PCDState(counts, average)
 
     return base.from_state(init_fn, step, num_tasks, reads=["gram"])
