@@ -20,20 +20,20 @@ def accumulate_task_grads(
     has_aux: bool = False,
     shared: Mask | Callable[[optax.Params], Mask] | None = None,
     one_task_each: bool = False,
+    num_labels: Callable[..., Any] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Callable[..., tuple[Any, optax.Updates]]:
     r"""Makes a function that averages task gradients over micro-batches.
 
     .. math::
 
-      g_i = \frac{1}{K} \sum_{k=0}^{K-1} \nabla_\theta L_i(\theta; b_k)
+      g_i = \frac{1}{\sum_k n_{ik}}
+      \sum_{k=0}^{K-1} n_{ik} \nabla_\theta L_i(\theta; b_k)
 
-    or, with ``one_task_each``, where micro-batch :math:`k` serves task
-    :math:`k \bmod T` alone,
-
-    .. math::
-
-      g_i = \frac{T}{K} \sum_{k \bmod T = i} \nabla_\theta L_i(\theta; b_k).
+    where :math:`n_{ik}` is 1 if task :math:`i` is present in micro-batch :math:`k`,
+    its loss not being exactly zero, and otherwise 0; or the number of its labels
+    there, if ``num_labels`` tells it. With ``one_task_each`` micro-batch :math:`k`
+    serves task :math:`k \bmod T` alone, and each sum is over those of the task.
 
     The micro-batches run one after the other inside one step, each in the memory
     that it alone needs. With one task each, all of them together cost what the
@@ -47,6 +47,10 @@ def accumulate_task_grads(
       has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
       shared: which parameters all tasks share, as in :func:`value_and_task_grads`.
       one_task_each: whether each micro-batch serves one task, in turn.
+      num_labels: maps what ``losses_fn`` gets beside the parameters to the number of
+        labels of each task in the micro-batch, in the form of the losses. Where each
+        loss is an average over its labels, the result is exactly that of the whole
+        batch in one piece.
       dtype: of the accumulators and of what is returned; by default that of each
         parameter.
 
@@ -55,8 +59,8 @@ def accumulate_task_grads(
       ``(losses, updates)``, or ``((losses, aux), updates)``. Each positional
       argument is split along the leading axes of its arrays, every K-th example to
       one micro-batch, so that examples sharded over devices stay where they are;
-      keyword arguments are handed on whole. The losses are averages; ``aux`` has a
-      leading axis of size K.
+      keyword arguments are handed on whole. The losses are averages as the gradients
+      are; ``aux`` has a leading axis of size K.
 
     Raises:
       ValueError: at the call, if a batch does not split into K equal parts, or K
@@ -74,10 +78,28 @@ def accumulate_task_grads(
       >>> print(fn(jnp.ones([]), x)[1])  # Of x[::2] and x[1::2].
       [2. 8.]
 
+      Two labels in one micro-batch, one in the other:
+
+      >>> def masked(w, x, mask):
+      ...   return {"a": (w * x * mask).sum() / jnp.maximum(mask.sum(), 1)}
+      >>> fn = optax_mtl.accumulate_task_grads(
+      ...     masked, 2, num_labels=lambda x, mask: {"a": mask.sum()}
+      ... )
+      >>> print(fn(jnp.ones([]), x, jnp.array([1.0, 1, 1, 0]))[1])  # Of 1, 2 and 3.
+      [2.]
+
     References:
       Limarenko et al, `GCond: Gradient Conflict Resolution via Accumulation-based
       Stabilization for Large-Scale Multi-Task Learning
       <https://arxiv.org/abs/2509.07252>`_, 2025, for both modes
+
+    .. note::
+      To the methods a zero gradient is an absent task. Dividing by K would make a
+      task smaller by the share of the micro-batches that miss its labels, the more
+      the larger K; to do so nevertheless, count one label for each task everywhere.
+      Without ``num_labels`` a head is averaged over the micro-batches in which its
+      gradient is not zero, which is exact unless tasks that share it are absent at
+      different times. Under `shard_map` each device counts what it has.
     """
 
     def fn(params, *args, **kwargs):
@@ -90,8 +112,25 @@ def accumulate_task_grads(
         if one_task_each:
             per_task = _per_task(num_microbatches, num_tasks, "num_microbatches")
         shared_part, heads = split(params, shared)
+        axes = [_manual_axes(p) for p in jax.tree.leaves(shared_part)]
+        kept_apart = frozenset.intersection(*axes) if axes else frozenset()
 
-        def add_all_tasks(totals, batch):
+        def present(losses):
+            """Whether a task is, on any device whose gradients are summed with ours."""
+            exists = (losses != 0).astype(jnp.int32)
+            summed = _manual_axes(losses) - kept_apart
+            exists = jax.lax.pmax(exists, tuple(summed)) if summed else exists
+            return _vary(exists, kept_apart)
+
+        weights = None
+        if num_labels is not None:
+            weights = _shares(
+                partial(num_labels, **kwargs), batches, num_tasks, one_task_each
+            )
+
+        def add_all_tasks(average, inputs):
+            step, batch, weight = inputs
+
             def losses_of(shared_part, heads):
                 params = merge(shared_part, heads)
                 value = losses_fn(params, *batch, **kwargs)
@@ -101,16 +140,23 @@ def accumulate_task_grads(
             vector, pull_back, value = jax.vjp(
                 losses_of, shared_part, heads, has_aux=True
             )
+            cotangents = jnp.ones_like(vector)
+            rates, counts = (jnp.ones(num_tasks),) * 2, average.counts
+            if weight is None:
+                rates, counts = _rates(counts, present(vector), step)
+            else:
+                cotangents = cotangents * weight.astype(vector.dtype)
 
             def add_task(total, inputs):
-                task, cotangent = inputs
-                return _add_at(total, task, pull_back(cotangent)[0], per_task), None
+                task, cotangent, rates = inputs
+                return _add_at(total, task, pull_back(cotangent)[0], rates), None
 
-            basis = jnp.diag(jnp.ones_like(vector))
-            total, _ = jax.lax.scan(add_task, totals[0], (jnp.arange(num_tasks), basis))
-            grads = pull_back(jnp.ones_like(vector))[1]
+            each = (jnp.arange(num_tasks), jnp.diag(cotangents), rates)
+            total, _ = jax.lax.scan(add_task, average.shared, each)
+            grads = pull_back(cotangents)[1]
+            new = _Average(total, counts, average.heads, average.head_counts)
             aux = value[1] if has_aux else None
-            return (total, _add(totals[1], grads, per_task)), (vector, aux)
+            return _add_heads(new, grads, 0, weight is None), (vector, aux)
 
         def grads_of_one(task, batch):
             def loss_fn(shared_part, heads):
@@ -125,25 +171,41 @@ def accumulate_task_grads(
             value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
             return value_and_grad(shared_part, heads)
 
-        def add_one_task(totals, inputs):
-            task, batch = inputs
+        def add_one_task(average, inputs):
+            step, batch, weight = inputs
+            task = step % num_tasks
             if hasattr(like, "shape"):
                 out, grads = grads_of_one(task, batch)
             else:
                 each = [partial(grads_of_one, i) for i in range(num_tasks)]
                 out, grads = jax.lax.switch(task, each, batch)
-            total = _add_at(totals[0], task, grads[0], per_task)
-            return (total, _add(totals[1], grads[1], per_task)), out
+            rates: Any = (1.0, weight)
+            counts = average.counts
+            if weight is None:
+                rates, count = _rates(counts[task], present(out[0]), step // num_tasks)
+                counts = counts.at[task].set(count)
+            total = _add_at(average.shared, task, grads[0], rates)
+            new = _Average(total, counts, average.heads, average.head_counts)
+            counting, weight = weight is None, 1.0 if weight is None else weight
+            return _add_heads(new, grads[1], task, counting, weight), out
 
-        totals = _zeros(shared_part, dtype, num_tasks), _zeros(heads, dtype)
-        if one_task_each:
-            in_turn = jnp.arange(num_microbatches) % num_tasks
-            totals, out = jax.lax.scan(add_one_task, totals, (in_turn, batches))
+        average = _Average(
+            shared=_zeros(shared_part, dtype, num_tasks),
+            counts=_vary(jnp.zeros(num_tasks), kept_apart),
+            heads=_zeros(heads, dtype),
+            head_counts=_no_counts(heads, num_tasks if one_task_each else 1),
+        )
+        steps = jnp.arange(num_microbatches)
+        add = add_one_task if one_task_each else add_all_tasks
+        average, (vectors, aux) = jax.lax.scan(add, average, (steps, batches, weights))
+        vectors = vectors.reshape(per_task, num_tasks)
+        if weights is None:
+            mean = vectors.sum(axis=0) / jnp.maximum((vectors != 0).sum(axis=0), 1)
         else:
-            totals, out = jax.lax.scan(add_all_tasks, totals, batches)
-        vectors, aux = out
-        losses = _like_losses(vectors.reshape(per_task, num_tasks).mean(axis=0), like)
-        return ((losses, aux) if has_aux else losses), merge(*totals)
+            mean = jnp.sum(weights.reshape(vectors.shape) * vectors, axis=0)
+        losses = _like_losses(mean, like)
+        updates = merge(average.shared, average.heads)
+        return ((losses, aux) if has_aux else losses), updates
 
     return fn
 
@@ -153,8 +215,10 @@ class MultiStepsState(NamedTuple):
 
     mini_step: jax.Array  # Calls since the last step of the wrapped chain.
     gradient_step: jax.Array  # Steps of the wrapped chain.
-    losses: jax.Array  # Accumulated losses, shape `(T,)`.
-    acc_grads: optax.Updates  # Accumulated gradients, stacked.
+    losses: jax.Array  # Averages of the losses so far, shape `(T,)`.
+    acc_grads: optax.Updates  # Averages of the gradients so far, stacked.
+    counts: jax.Array  # Labels of each task, or calls with any, shape `(T,)`.
+    head_counts: Any  # The same for each head.
     inner_opt_state: optax.OptState  # Of the wrapped chain.
 
 
@@ -171,7 +235,11 @@ def multi_steps(
 
     .. math::
 
-      g_i = \frac{1}{K} \sum_{k=0}^{K-1} g_i^{(k)}
+      g_i = \frac{1}{\sum_k n_{ik}} \sum_{k=0}^{K-1} n_{ik} \, g_i^{(k)}
+
+    where :math:`n_{ik}` is 1 if task :math:`i` is present in call :math:`k`, its loss
+    (without losses, its gradient) not being exactly zero, and otherwise 0; or the
+    number of its labels, the optional extra argument ``num_labels``, shape ``(T,)``.
 
     Wraps a whole chain that begins with a method, as :class:`optax.MultiSteps`,
     which cannot hold the task axis, wraps a chain that does not. In between the
@@ -184,18 +252,20 @@ def multi_steps(
       shared: which parameters all tasks share, as in :func:`value_and_task_grads`;
         the updates of the others are accumulated as they are.
       one_task_each: whether each call hands over the ordinary gradient of the loss
-        of one task, the one that :func:`next_task` names, and optionally that loss,
-        instead of the gradients and losses of all. The averages are then over the
-        calls of each task.
+        of one task, the one that :func:`next_task` names, and optionally that loss
+        and number of labels, instead of those of all tasks. The averages are then
+        over the calls of each task.
       accumulator_dtype: of the accumulators and of what the chain receives; by
         default that of each parameter.
 
     Returns:
-      A gradient transformation whose state is a :class:`MultiStepsState`.
+      A gradient transformation whose state is a :class:`MultiStepsState`. What
+      :func:`accumulate_task_grads` says about heads holds here, too.
 
     Raises:
       ValueError: if ``every_k`` does not suit the number of tasks; at the call, for
-        updates of another shape.
+        updates of another shape, and for ``num_labels`` beside heads whose gradients
+        are sums over the tasks.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -204,16 +274,15 @@ def multi_steps(
       >>> tx = optax_mtl.multi_steps(chain, every_k=2, num_tasks=2)
       >>> params = jnp.zeros(2)
       >>> state = tx.init(params)
-      >>> for updates in jnp.array([[[1.0, 0], [0, 4]], [[3.0, 0], [0, 0]]]):
+      >>> for updates in jnp.array([[[1.0, 0], [0, 4]], [[3.0, 0], [0, 0]]]):  # Absent.
       ...   update, state = tx.update(updates, state, params)
       ...   print(update, optax_mtl.has_updated(state))
       [0. 0.] False
-      [-2. -2.] True
+      [-2. -4.] True
     """
     tx = optax.with_extra_args_support(tx)
-    per_task = every_k
     if one_task_each:
-        per_task = _per_task(every_k, num_tasks, "every_k")
+        _per_task(every_k, num_tasks, "every_k")
 
     def init(params):
         shared_part, heads = split(params, shared)
@@ -224,29 +293,69 @@ def multi_steps(
         return MultiStepsState(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
-            losses=jnp.zeros(num_tasks, jnp.float32),
+            losses=jnp.zeros(num_tasks, float),
             acc_grads=merge(*totals),
+            counts=jnp.zeros(num_tasks, float),
+            head_counts=_no_counts(heads, num_tasks if one_task_each else 1),
             inner_opt_state=tx.init(params),
         )
 
-    def update(updates, state, params=None, *, losses=None, **extra_args):
+    def update(
+        updates, state, params=None, *, losses=None, num_labels=None, **extra_args
+    ):
         mask = mask_of(updates if params is None else params, shared)
         (shared_part, heads), (totals, head_totals) = (
             split(tree, mask) for tree in (updates, state.acc_grads)
         )
-        vector = state.losses
         if one_task_each:
             task = next_task(state)
-            totals = _add_at(totals, task, shared_part, per_task)
-            if losses is not None:
-                loss = losses if jnp.ndim(losses) == 0 else losses[task]
-                vector = vector.at[task].add(loss / per_task)
+            step = state.mini_step // num_tasks
+            pick = lambda x: x if jnp.ndim(x) == 0 else x[task]
+            losses, num_labels = jax.tree.map(pick, (losses, num_labels))
+            present = lambda: tasks.has_gradient(
+                jax.tree.map(lambda x: x[None], shared_part)
+            )[0]
+            count = state.counts[task]
         else:
+            task, step = jnp.int32(0), state.mini_step
             tasks.check_stacked(shared_part, None, num_tasks)
-            totals = _add(totals, shared_part, per_task)
             if losses is not None:
-                vector += tasks.stack_losses(losses, num_tasks) / per_task
-        accumulated = merge(totals, _add(head_totals, heads, per_task))
+                losses = tasks.stack_losses(losses, num_tasks)
+            if num_labels is not None:
+                num_labels = tasks.stack_losses(num_labels, num_tasks)
+                if jax.tree.leaves(heads):
+                    raise ValueError(
+                        "the gradient of a head is a sum over the tasks, which"
+                        " num_labels would weigh differently; use"
+                        " optax_mtl.accumulate_task_grads, or one_task_each=True"
+                    )
+            present = lambda: tasks.has_gradient(shared_part)
+            count = state.counts
+        weight = num_labels
+        if weight is None:
+            weight = present() if losses is None else losses != 0
+        rates, count = _rates(count, weight, step)
+        vector = state.losses
+        if one_task_each:
+            totals = _add_at(totals, task, shared_part, rates)
+            if losses is not None:
+                vector = vector.at[task].set(_blend(vector[task], losses, rates))
+            count = state.counts.at[task].set(count)
+        else:
+            each = lambda total, grad: _add(
+                total, grad, [tasks.along_tasks(rate, total) for rate in rates]
+            )
+            totals = jax.tree.map(each, totals, shared_part)
+            if losses is not None:
+                vector = _blend(vector, losses, rates)
+        average = _add_heads(
+            _Average(totals, count, head_totals, state.head_counts),
+            heads,
+            task,
+            True,
+            1.0 if num_labels is None else num_labels,
+        )
+        accumulated = merge(average.shared, average.heads)
         extra_args["losses"] = None if losses is None else vector
         step = lambda: tx.update(
             accumulated, state.inner_opt_state, params, **extra_args
@@ -262,6 +371,8 @@ def multi_steps(
             ),
             losses=restart(vector),
             acc_grads=jax.tree.map(restart, accumulated),
+            counts=restart(average.counts),
+            head_counts=jax.tree.map(restart, average.head_counts),
             inner_opt_state=inner_opt_state,
         )
 
@@ -311,28 +422,126 @@ def _zeros(params: Any, dtype: Any, num_tasks: int | None = None) -> Any:
     return jax.tree.map(zeros, params)
 
 
-def _add(totals: Any, grads: Any, count: int) -> Any:
-    """Adds what one of ``count`` micro-batches contributes, in full precision."""
+class _Average(NamedTuple):
+    """Gradients averaged so far."""
 
-    def add(total, grad):
-        if total.shape != jnp.shape(grad):
-            raise ValueError(
-                f"expected updates of shape {total.shape}, got {jnp.shape(grad)}"
-            )
-        return (total + grad / count).astype(total.dtype)
-
-    return jax.tree.map(add, totals, grads)
+    shared: Any  # Those of the shared parameters, leaves `(T, *p)`.
+    counts: jax.Array  # What each task's is an average of, shape `(T,)`.
+    heads: Any  # Those of the others, sums over the tasks.
+    head_counts: Any  # Of each head, `(T,)` where tasks come one by one, else `(1,)`.
 
 
-def _add_at(totals: Any, task: jax.Array, grads: Any, count: int) -> Any:
+def _no_counts(params: Any, size: int) -> Any:
+    """No labels for each head; varying over devices as it does."""
+    count = lambda p: jnp.broadcast_to(jnp.zeros_like(p, float).sum(), (size,))
+    return jax.tree.map(count, params)
+
+
+def _rates(
+    count: jax.Array, weight: jax.Array, step: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """What to multiply the average so far and the next value by; the next count.
+
+    What was absent in all steps so far is averaged over all of them: it is zero, or
+    the gradient of a loss that is exactly zero wherever it is.
+    """
+    total = count + weight
+    share = weight / jnp.where(total > 0, total, 1)
+    new = jnp.where(total > 0, share, 1 / (step + 1)).astype(count.dtype)
+    return (1 - new, new), total.astype(count.dtype)
+
+
+def _shares(
+    num_labels: Callable[..., Any], batches: Any, num_tasks: int, one_task_each: bool
+) -> jax.Array:
+    """The share of each micro-batch in the labels of a task, ``(K, T)`` or ``(K,)``."""
+    counts = jax.vmap(lambda batch: stack_task_losses(num_labels(*batch)))(batches)
+    if counts.shape[1] != num_tasks:
+        raise ValueError(
+            f"num_labels counts the labels of {counts.shape[1]} tasks, but there are"
+            f" {num_tasks} losses; return one number for each"
+        )
+    if one_task_each:
+        in_turn = jnp.arange(len(counts))[:, None] % num_tasks
+        counts = jnp.where(in_turn == jnp.arange(num_tasks)[None], counts, 0)
+    total = counts.sum(axis=0, keepdims=True)
+    shares = counts / jnp.where(total > 0, total, 1)
+    return shares.sum(axis=1) if one_task_each else shares
+
+
+def _blend(total: jax.Array, value: jax.Array, rates: Any) -> jax.Array:
+    old, new = rates
+    return (old * total + new * value).astype(total.dtype)
+
+
+def _add(total: jax.Array, grad: jax.Array, rates: Any) -> jax.Array:
+    """Adds what one micro-batch contributes, in full precision."""
+    if total.shape != jnp.shape(grad):
+        raise ValueError(
+            f"expected updates of shape {total.shape}, got {jnp.shape(grad)}"
+        )
+    return _blend(total, grad, rates)
+
+
+def _add_at(totals: Any, task: jax.Array, grads: Any, rates: Any) -> Any:
     """The same for the gradient of one task."""
 
     def add(total, grad):
         row = jax.lax.dynamic_index_in_dim(total, task, keepdims=False)
-        row = _add(row, grad, count)
+        row = _add(row, grad, rates)
         return jax.lax.dynamic_update_index_in_dim(total, row, task, 0)
 
     return jax.tree.map(add, totals, grads)
+
+
+def _add_heads(
+    average: _Average,
+    grads: Any,
+    task: jax.typing.ArrayLike,
+    counting: bool,
+    weight: jax.typing.ArrayLike = 1.0,
+) -> _Average:
+    """The same for the heads, each averaged over where it has a gradient.
+
+    Args:
+      average: that of the shared parameters is handed on.
+      grads: gradients of the heads.
+      task: whose they are, if they come one by one.
+      counting: whether to count where a head has a gradient; the weights are shares of
+        a known total otherwise.
+      weight: number of labels, or share.
+    """
+    if not counting:
+        share = lambda total, grad: _add(total, grad, (1.0, weight))
+        return average._replace(heads=jax.tree.map(share, average.heads, grads))
+
+    def count_in(counts, grad):
+        return counts.at[task].add(jnp.where(jnp.any(grad != 0), weight, 0))
+
+    def add(total, grad, old, new):
+        # The sum over the tasks seen, each with as many labels as the others.
+        per_task = lambda counts: counts.sum() / jnp.maximum((counts > 0).sum(), 1)
+        before, after = per_task(old), per_task(new)
+        after = jnp.where(after > 0, after, 1)
+        weight_here = new.sum() - old.sum()
+        return _add(total, grad, (before / after, weight_here / after))
+
+    counts = jax.tree.map(count_in, average.head_counts, grads)
+    heads = jax.tree.map(add, average.heads, grads, average.head_counts, counts)
+    return average._replace(heads=heads, head_counts=counts)
+
+
+def _manual_axes(x: jax.Array) -> frozenset[str]:
+    """Axes of :func:`jax.shard_map` along which an array varies."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # Not in JAX 0.9.
+    return kind.vma if manual is None else manual.varying
+
+
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The array as one that varies along these axes at least."""
+    missing = tuple(axes - _manual_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _like_losses(vector: jax.Array, like: Any) -> Any:

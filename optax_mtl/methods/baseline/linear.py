@@ -55,7 +55,8 @@ def mean() -> optax.GradientTransformationExtraArgs:
 
       d = \frac{1}{T} \sum_i g_i
 
-    T counts all tasks, absent ones too, so that this is the sum times a constant.
+    T counts all tasks, absent ones too, so that this is the sum times a constant, the
+    gradient of ``losses.mean()``, and no gradient has to be looked at.
 
     Returns:
       A gradient transformation that aggregates stacked updates.

@@ -30,7 +30,8 @@ def random_weights(
 
     The weights are not negative and sum to 1, with an expectation of :math:`1 / T`
     each (but for ``"random_normal"``): a control that a weighting which claims to
-    be informed should beat. Absent tasks are drawn a weight as well.
+    be informed should beat. Absent tasks are drawn a weight as well: as in the paper,
+    the weights know nothing about the batch.
 
     Args:
       distribution: where the weights come from.
