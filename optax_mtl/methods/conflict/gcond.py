@@ -76,8 +76,9 @@ def gcond(
         zones, in which the loser becomes zero (critical), the loser alone is
         projected (main), or both are projected without an arbiter (weak).
       reference: what a gradient should agree with to be called stable: the last
-        ``"accumulated"`` gradient (as in the paper) or the last ``"resolved"`` one
-        (as in the authors' code).
+        ``"accumulated"`` gradient (as in the paper) or the last ``"resolved"`` one.
+        The latter is the authors' code exactly, given their running norms, which
+        start at 1.
       dtype: of the stored last gradients; by default that of the parameters.
 
     Returns:
