@@ -244,6 +244,33 @@ def losses_above(
     return jnp.where(above >= 0, above, jnp.nan)
 
 
+def zeros_like(
+    params: optax.Params,
+    num_tasks: int | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> optax.Params:
+    """Zeros like the parameters, laid out over devices as they are.
+
+    Args:
+      params: parameters, leaves of shape ``p``.
+      num_tasks: T, for leaves of shape ``(T, *p)``.
+      dtype: by default that of each parameter.
+
+    Returns:
+      Tree of arrays.
+    """
+
+    def zeros(p):
+        # Zero whatever the parameter. Under jit, zeros that do not depend on it would
+        # be whole on every device.
+        leaf = jnp.where(p == 0, jnp.abs(p), 0).astype(dtype or p.dtype)
+        shape = leaf.shape if num_tasks is None else (num_tasks, *leaf.shape)
+        return jnp.broadcast_to(leaf, shape)
+
+    return jax.tree.map(zeros, params)
+
+
 def all_finite(tree: Any) -> jax.Array:
     """Whether all entries of all floating-point arrays are finite, a scalar."""
     finite = [

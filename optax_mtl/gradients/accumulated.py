@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import guards, tasks
+from optax_mtl import base, guards, tasks
 from optax_mtl.gradients.backward import stack_task_losses
 from optax_mtl.gradients.sharing import Mask, mask_of, merge, split
 
@@ -190,9 +190,9 @@ def accumulate_task_grads(
             return _add_heads(new, grads[1], task, counting, weight), out
 
         average = _Average(
-            shared=_zeros(shared_part, dtype, num_tasks),
+            shared=base.zeros_like(shared_part, num_tasks, dtype=dtype),
             counts=_vary(jnp.zeros(num_tasks), kept_apart),
-            heads=_zeros(heads, dtype),
+            heads=base.zeros_like(heads, dtype=dtype),
             head_counts=_no_counts(heads, num_tasks if one_task_each else 1),
         )
         steps = jnp.arange(num_microbatches)
@@ -287,8 +287,8 @@ def multi_steps(
     def init(params):
         shared_part, heads = split(params, shared)
         totals = (
-            _zeros(shared_part, accumulator_dtype, num_tasks),
-            _zeros(heads, accumulator_dtype),
+            base.zeros_like(shared_part, num_tasks, dtype=accumulator_dtype),
+            base.zeros_like(heads, dtype=accumulator_dtype),
         )
         return MultiStepsState(
             mini_step=jnp.zeros([], jnp.int32),
@@ -409,17 +409,6 @@ def _split_batch(x: jax.Array, count: int) -> jax.Array:
             " size, and pass what is not a batch by keyword"
         )
     return jnp.swapaxes(x.reshape(len(x) // count, count, *x.shape[1:]), 0, 1)
-
-
-def _zeros(params: Any, dtype: Any, num_tasks: int | None = None) -> Any:
-    """Zeros like the parameters, with a task axis if given; sharded as they are."""
-
-    def zeros(p):
-        leaf = jnp.zeros_like(p, dtype=dtype)
-        shape = leaf.shape if num_tasks is None else (num_tasks, *leaf.shape)
-        return jnp.broadcast_to(leaf, shape)
-
-    return jax.tree.map(zeros, params)
 
 
 class _Average(NamedTuple):

@@ -95,7 +95,7 @@ def energy_gate(
 
     def init_fn(params):
         return EnergyGateState(
-            average=optax.tree.zeros_like(params, dtype=float),
+            average=base.zeros_like(params, dtype=float),
             counts=jax.tree.map(lambda _: jnp.zeros(num_tasks, jnp.int32), params),
             energies=jax.tree.map(lambda _: jnp.zeros(num_tasks, float), params),
         )

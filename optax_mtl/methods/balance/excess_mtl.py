@@ -70,11 +70,11 @@ def excess_mtl(
     base.check_range("warmup_steps", warmup_steps, positive=True)
 
     def init(params):
-        zeros = lambda p: jnp.zeros(
-            (num_tasks, *p.shape), jnp.promote_types(p.dtype, jnp.float32)
+        wide = jax.tree.map(
+            lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params
         )
         return ExcessMTLState(
-            squares=jax.tree.map(zeros, params),
+            squares=base.zeros_like(wide, num_tasks),
             logits=jnp.zeros(num_tasks),
             counts=jnp.zeros(num_tasks, jnp.int32),
             initial=jnp.zeros(num_tasks),

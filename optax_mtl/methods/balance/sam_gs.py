@@ -107,10 +107,9 @@ def sam_gs(
         )
 
     def init_fn(params):
-        zeros = lambda p: jnp.zeros((num_tasks, *p.shape), float)
         return SAMGSState(
             counts=jnp.zeros(num_tasks, jnp.int32),
-            momentum=jax.tree.map(zeros, params),
+            momentum=base.zeros_like(params, num_tasks, dtype=float),
             steps=jnp.zeros([], jnp.int32),
             dissimilarity=jnp.zeros([], float),
         )

@@ -148,9 +148,8 @@ def gcond(
         )
 
     def init_fn(params):
-        stack = lambda p: jnp.zeros((num_tasks, *p.shape), dtype or p.dtype)
         return GCondState(
-            previous=jax.tree.map(stack, params),
+            previous=base.zeros_like(params, num_tasks, dtype=dtype),
             norms=jnp.zeros(num_tasks, jnp.float32),
             arbitration=Arbitration(
                 cosines=jnp.zeros((num_tasks, num_tasks), jnp.float32),

@@ -71,14 +71,14 @@ def m_config(
     """
 
     def init(params):
-        wide = lambda p: jnp.promote_types(p.dtype, jnp.float32)
-        zeros = lambda p: jnp.zeros(p.shape, wide(p))
-        stacked_zeros = lambda p: jnp.zeros((num_tasks, *p.shape), wide(p))
+        wide = jax.tree.map(
+            lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params
+        )
         return MConFIGState(
-            first=jax.tree.map(stacked_zeros, params),
+            first=base.zeros_like(wide, num_tasks),
             counts=jnp.zeros(num_tasks, jnp.int32),
-            direction=jax.tree.map(zeros, params),
-            second=jax.tree.map(zeros, params),
+            direction=base.zeros_like(wide),
+            second=base.zeros_like(wide),
             steps=jnp.zeros([], jnp.int32),
         )
 

@@ -81,7 +81,7 @@ def bloop(
     def init_fn(params):
         return BloopState(
             steps=jnp.zeros([], jnp.int32),
-            average=optax.tree.zeros_like(params, dtype=float),
+            average=base.zeros_like(params, dtype=float),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -98,8 +98,12 @@ def bloop(
         exists = optax.tree.norm(main, squared=True) > 0
         step = jnp.where(exists, jnp.where(state.steps == 0, 1, step_size), 0)
         average = optax.incremental_update(main, state.average, step)
-        squared = optax.tree.norm(average, squared=True)
-        ratio = optax.tree.vdot(secondary, average) / jnp.where(squared > 0, squared, 1)
+        alone = lambda tree: jax.tree.map(lambda x: x[None], tree)
+        products = tasks.inner_products(
+            alone(average), alone(average), alone(secondary)
+        )
+        squared, dot = (product[0, 0] for product in products)
+        ratio = dot / jnp.where(squared > 0, squared, 1)
         ratio = jnp.where(jnp.isfinite(squared), ratio, jnp.nan)
         if barrier:
             ratio = jnp.minimum(ratio, 1 / weight)
