@@ -51,13 +51,15 @@ def scale_by_agreement(
       measure: what :math:`\rho` is: the ``"alignment"`` as in the formula, or the
         ``"cosine"``, averaged over pairs of tasks.
       rule: ``"power"``, as in the formula, or ``"steps"``.
-      smoothing: decay of the moving average of the measure, with bias correction.
-      floor: smallest factor, :math:`f`.
-      power: exponent :math:`q`.
-      threshold: dissimilarity :math:`1 - \rho` above which the factor shrinks.
-      decay: factor by which it shrinks.
-      growth: factor by which it grows.
-      ceiling: largest factor of the ``"steps"``, which start from 1.
+      smoothing: decay of the moving average of the measure, with bias correction. In
+        [0, 1).
+      floor: smallest factor, :math:`f`. In [0, 1].
+      power: exponent :math:`q`. At least 0.
+      threshold: dissimilarity :math:`1 - \rho` above which the factor shrinks. At least
+        0.
+      decay: factor by which it shrinks. In (0, 1].
+      growth: factor by which it grows. At least 1.
+      ceiling: largest factor of the ``"steps"``, which start from 1. Positive.
 
     Returns:
       A gradient transformation from stacked gradients to updates.
@@ -80,12 +82,15 @@ def scale_by_agreement(
       A heuristic of this library, after tutorials that lower the learning rate
       where gradients conflict; no published algorithm was found.
     """
-    if measure not in ("alignment", "cosine"):
-        raise ValueError(
-            f"measure is {measure!r}, but should be 'alignment' or 'cosine'"
-        )
-    if rule not in ("power", "steps"):
-        raise ValueError(f"rule is {rule!r}, but should be 'power' or 'steps'")
+    base.check_choice("measure", measure, ("alignment", "cosine"))
+    base.check_choice("rule", rule, ("power", "steps"))
+    base.check_range("smoothing", smoothing, "[0, 1)")
+    base.check_range("floor", floor, "[0, 1]")
+    base.check_range("power", power, "[0, inf)")
+    base.check_range("threshold", threshold, "[0, inf)")
+    base.check_range("decay", decay, "(0, 1]")
+    base.check_range("growth", growth, "[1, inf)")
+    base.check_range("ceiling", ceiling, "(0, inf)")
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

@@ -23,7 +23,7 @@ state to the weights of the tasks; the functions below make a transformation out
 of such a function. The others traverse the gradients with ``jax.tree.map``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -179,7 +179,6 @@ def with_reference(
         return from_losses(
             lambda losses: weights_fn(losses, given), min_losses=min_losses
         )
-    check_range("window", window, positive=True)
 
     def init_fn():
         return MeasuredLossesState(
@@ -292,21 +291,48 @@ def keep_if(condition: jax.Array, new_state: Any, old_state: Any) -> Any:
     return jax.tree.map(choose, new_state, old_state)
 
 
+def check_key(key: Any) -> None:
+    """Refuses what is neither a seed nor a random key.
+
+    Raises:
+      TypeError: for it.
+    """
+    is_number = isinstance(key, (int, np.integer, np.ndarray, jax.Array))
+    dtype = key.dtype if hasattr(key, "dtype") else np.result_type(type(key))
+    is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    is_seed = jnp.issubdtype(dtype, np.integer)
+    # An array of numbers is the data of a key.
+    is_seed &= np.ndim(key) == 0 or dtype == np.uint32
+    if not is_number or not (is_key or is_seed):
+        raise TypeError(
+            f"key is {key!r}; it should be a seed, such as 0, or a random key, such as"
+            " jax.random.key(0)"
+        )
+
+
 def make_key(key: int | jax.Array) -> jax.Array:
-    """A random key in a buffer of its own, from a seed or a typed key."""
-    return jax.random.key(key) if isinstance(key, int) else jax.random.clone(key)
+    """A random key in a buffer of its own, from a seed or a key."""
+    is_seed = jnp.issubdtype(jnp.result_type(key), np.integer) and np.ndim(key) == 0
+    return jax.random.key(key) if is_seed else jax.random.clone(key)
 
 
 def check_preference(preference: jax.typing.ArrayLike | None) -> jax.Array | None:
     """Validates a preference over the tasks: at least 0, not all 0.
 
     Raises:
+      TypeError: for something else than numbers.
       ValueError: for a negative entry, more than one axis, or zeros only.
     """
     if preference is None:
         return None
     if not isinstance(preference, jax.core.Tracer):
         values = np.asarray(preference)
+        if values.dtype.kind not in "biuf":
+            raise TypeError(
+                f"preference {preference!r} should be one number, or an array of one"
+                " for each task, in the order of the losses (a dict of losses: sorted"
+                " by name)"
+            )
         if values.ndim > 1 or not np.all(values >= 0) or not np.any(values):
             raise ValueError(
                 f"preference {values} should hold one number of at least 0 for each"
@@ -361,24 +387,112 @@ def regularize(gram: jax.Array, reg_eps: jax.typing.ArrayLike) -> jax.Array:
 
 
 def check_range(
-    name: str, value: jax.typing.ArrayLike | None, *, positive: bool = False
+    name: str, value: Any, interval: str, *, optional: bool = False
 ) -> None:
-    """Refuses a number below 0, or, if it must be positive, 0; not if it is traced."""
-    if value is None or isinstance(value, jax.core.Tracer):
+    """Refuses numbers outside an interval; traced ones pass.
+
+    Args:
+      name: of the argument, for the error.
+      value: a number, or an array or sequence of numbers.
+      interval: such as ``"[0, 1)"``: from 0 to 1, but not 1 itself.
+      optional: whether it may be ``None``.
+
+    Raises:
+      TypeError: for something else than numbers.
+      ValueError: for a number outside the interval, NaN included.
+    """
+    if (value is None and optional) or _is_traced(value):
         return
-    number = np.asarray(value)
-    if np.any(number < 0) or (positive and not np.all(number)):
-        bound = "positive" if positive else "at least 0"
-        raise ValueError(f"{name} is {value}; it should be {bound}")
-
-
-def check_primary(primary: int, num_tasks: int) -> None:
-    """Refuses a primary task that does not exist."""
-    if not 0 <= primary < num_tasks:
+    low, high = map(float, interval[1:-1].split(","))
+    numbers = np.asarray(value)
+    if numbers.dtype.kind not in "iuf" and not jnp.issubdtype(numbers.dtype, float):
+        raise TypeError(f"{name} is {value!r}; it should be a number in {interval}")
+    above = numbers >= low if interval[0] == "[" else numbers > low
+    below = numbers <= high if interval[-1] == "]" else numbers < high
+    if not np.all(above & below):
+        words = {"[0, inf)": "at least 0", "(0, inf)": "positive"}
+        words |= {"[1, inf)": "at least 1", "(-inf, inf)": "finite"}
         raise ValueError(
-            f"primary={primary} should be the number of a task, from 0 to"
-            f" {num_tasks - 1}"
+            f"{name} is {value}; it should be {words.get(interval, f'in {interval}')}"
         )
+
+
+def check_count(
+    name: str, value: Any, *, least: int = 1, optional: bool = False
+) -> None:
+    """Refuses what is not an integer of at least ``least``, and what is traced.
+
+    Raises:
+      TypeError: for a traced value.
+      ValueError: for another value.
+    """
+    if value is None and optional:
+        return
+    check_static(name, value)
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < least:
+        raise ValueError(
+            f"{name} is {value!r}; it should be an integer of at least {least}"
+        )
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuses what is not one of the choices, and what is traced.
+
+    Raises:
+      TypeError: for a traced value.
+      ValueError: for another value.
+    """
+    check_static(name, value)
+    if np.ndim(value) or value not in list(choices):
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} is {value!r}; it should be one of {listed}")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Refuses what is not a function, and what is traced.
+
+    Raises:
+      TypeError: for either.
+    """
+    check_static(name, value)
+    if not callable(value):
+        raise TypeError(f"{name} is {value!r}; it should be a function")
+
+
+def check_static(name: str, value: Any) -> None:
+    """Refuses JAX arrays, as which :func:`optax.inject_hyperparams` hands numbers on.
+
+    Raises:
+      TypeError: for one, with the remedy.
+    """
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} is a JAX array, but counts, flags, names and functions cannot vary"
+            " over the steps: name it in optax.inject_hyperparams(...,"
+            f' static_args=("{name}",)), or hand over a Python value'
+        )
+
+
+def check_primary(primary: Any, num_tasks: int | None = None) -> None:
+    """Refuses a primary task that does not exist; a traced number passes.
+
+    Raises:
+      TypeError: for something else than an integer.
+      ValueError: for a task that does not exist.
+    """
+    if _is_traced(primary):
+        return
+    number = np.asarray(primary)
+    if number.dtype.kind not in "iu" or number.ndim:
+        raise TypeError(f"primary is {primary!r}; it should be the number of a task")
+    if number < 0 or (num_tasks is not None and number >= num_tasks):
+        to = "0 on" if num_tasks is None else f"0 to {num_tasks - 1}"
+        raise ValueError(f"primary={primary} should be the number of a task, from {to}")
+
+
+def _is_traced(value: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value))
 
 
 def update_if(

@@ -22,7 +22,8 @@ def apply_if_finite(
 
     Args:
       tx: a chain that consumes the task axis.
-      max_consecutive_errors: so many steps in a row are skipped; the next is taken.
+      max_consecutive_errors: so many steps in a row are skipped; the next is taken. At
+        least 0.
 
     Returns:
       A gradient transformation whose state is an ``optax.ApplyIfFiniteState``.
@@ -39,6 +40,7 @@ def apply_if_finite(
       >>> print(update, state.total_notfinite)
       [0. 0.] 1
     """
+    base.check_count("max_consecutive_errors", max_consecutive_errors, least=0)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):

@@ -116,6 +116,11 @@ def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | N
                 " optax_mtl.value_and_task_grads (heads that are not stacked are"
                 " routed around the method by optax.partition)"
             )
+    if jnp.shape(first)[0] == 0:
+        raise ValueError(
+            f"{shape_of(first_path, first)} holds the gradients of no task: the leading"
+            " axis is that of the tasks"
+        )
     if params is not None:
         jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
     return jnp.shape(first)[0]
@@ -153,9 +158,12 @@ def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
             " losses=losses)"
         )
     leaves = jax.tree.leaves(losses)
+    for leaf in leaves:
+        if isinstance(leaf, str):
+            raise TypeError(f"losses hold {leaf!r}, expected one number for each task")
     vector = leaves[0] if len(leaves) == 1 and jnp.ndim(leaves[0]) else leaves
     vector = jnp.asarray(vector)
-    if vector.ndim != 1 or num_tasks not in (None, len(vector)):
+    if vector.ndim != 1 or not len(vector) or num_tasks not in (None, len(vector)):
         raise ValueError(
             f"losses have shape {vector.shape}, expected one scalar for each of the"
             f" {num_tasks} tasks, as a vector ({num_tasks},) or a dict of scalars"

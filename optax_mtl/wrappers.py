@@ -47,6 +47,7 @@ def per_task(
       be squared, the updates of a transformation that has a state are NaN, and the
       state stays.
     """
+    base.check_count("num_tasks", num_tasks)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -102,6 +103,7 @@ def log_losses(
       >>> print(method.update(updates, state, losses=losses)[0])
       [5. 4.]
     """
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
         del extra_args
@@ -163,7 +165,7 @@ def smooth_weights(
       method: any method that makes its weights from inner products or losses; not
         from the gradients themselves.
       num_tasks: number of tasks, T.
-      decay: :math:`a`.
+      decay: :math:`a`. In [0, 1].
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -187,6 +189,8 @@ def smooth_weights(
       one minus the ratio of the learning rate to the initial one:
       :func:`optax.inject_hyperparams` takes such a schedule.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("decay", decay, "[0, 1]")
 
     def init(params):
         return SmoothWeightsState(
@@ -239,7 +243,7 @@ def update_every(
     Args:
       method: any method that makes its weights from inner products or losses; not
         from the gradients themselves.
-      k: number of steps.
+      k: number of steps. At least 1.
       num_tasks: number of tasks, T.
 
     Returns:
@@ -263,6 +267,8 @@ def update_every(
       A task that is absent when the weights are computed keeps its last weight, 0
       at first.
     """
+    base.check_count("k", k)
+    base.check_count("num_tasks", num_tasks)
 
     def init(params):
         return UpdateEveryState(

@@ -385,7 +385,7 @@ class TestPCD:
         assert state.counts.tolist() == [0, 2, 2]
 
     def test_says_what_is_wrong(self):
-        with pytest.raises(ValueError, match=r"tau should be in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"tau is .* should be in \[0, 1\]"):
             optax_mtl.pcd(2, tau=1.5)
 
 

@@ -43,7 +43,7 @@ def accumulate_task_grads(
     Args:
       losses_fn: as in :func:`value_and_task_grads`. With ``one_task_each``, return
         a dict: out of a vector, the losses that are not wanted are computed too.
-      num_microbatches: :math:`K`; with ``one_task_each`` a multiple of T.
+      num_microbatches: :math:`K`; with ``one_task_each`` a multiple of T. At least 1.
       has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
       shared: which parameters all tasks share, as in :func:`value_and_task_grads`.
       one_task_each: whether each micro-batch serves one task, in turn.
@@ -101,6 +101,9 @@ def accumulate_task_grads(
       gradient is not zero, which is exact unless tasks that share it are absent at
       different times. Under `shard_map` each device counts what it has.
     """
+    base.check_count("num_microbatches", num_microbatches)
+    base.check_choice("has_aux", has_aux, (True, False))
+    base.check_choice("one_task_each", one_task_each, (True, False))
 
     def fn(params, *args, **kwargs):
         batches = jax.tree.map(lambda x: _split_batch(x, num_microbatches), args)
@@ -247,7 +250,8 @@ def multi_steps(
 
     Args:
       tx: a chain that consumes the task axis.
-      every_k: number of calls to a step, K; with ``one_task_each`` a multiple of T.
+      every_k: number of calls to a step, K; with ``one_task_each`` a multiple of T. At
+        least 1.
       num_tasks: number of tasks, T.
       shared: which parameters all tasks share, as in :func:`value_and_task_grads`;
         the updates of the others are accumulated as they are.
@@ -280,6 +284,9 @@ def multi_steps(
       [0. 0.] False
       [-2. -4.] True
     """
+    base.check_count("every_k", every_k)
+    base.check_count("num_tasks", num_tasks)
+    base.check_choice("one_task_each", one_task_each, (True, False))
     tx = optax.with_extra_args_support(tx)
     if one_task_each:
         _per_task(every_k, num_tasks, "every_k")

@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from optax_mtl import base
 from optax_mtl.methods.baseline.linear import linear
 from optax_mtl.wrappers import per_task
 
@@ -27,9 +28,9 @@ def adatask(
 
     Args:
       num_tasks: number of tasks, T.
-      b1: decay of the first moments.
-      b2: decay of the second moments.
-      eps: added to the denominator.
+      b1: decay of the first moments. In [0, 1).
+      b2: decay of the second moments. In [0, 1).
+      eps: added to the denominator. At least 0.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -47,4 +48,8 @@ def adatask(
       Yang et al, `AdaTask: A Task-aware Adaptive Learning Rate Approach to
       Multi-task Learning <https://arxiv.org/abs/2211.15055>`_, AAAI 2023
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("b1", b1, "[0, 1)")
+    base.check_range("b2", b2, "[0, 1)")
+    base.check_range("eps", eps, "[0, inf)")
     return optax.chain(per_task(optax.scale_by_adam(b1, b2, eps), num_tasks), linear())

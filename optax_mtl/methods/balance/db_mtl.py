@@ -29,9 +29,10 @@ def db_mtl(
 
     Args:
       num_tasks: number of tasks, T.
-      beta: decay of the averages. With ``beta=0`` there are none in the state, and
-        the method reads only the Gram matrix and the losses.
-      sigma: how fast the decay vanishes with the number of steps k of the task.
+      beta: decay of the averages. With ``beta=0`` there are none in the state, and the
+        method reads only the Gram matrix and the losses. In [0, 1).
+      sigma: how fast the decay vanishes with the number of steps k of the task. At
+        least 0.
       min_losses: :math:`b`, lower bounds of the losses, one number or shape ``(T,)``.
         Below its bound a loss has no logarithm, and the update is NaN.
 
@@ -57,6 +58,10 @@ def db_mtl(
       As in the authors' code, the averages start at zero and are not corrected for
       it: the first update is the fraction ``1 - beta`` of its full length.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("beta", beta, "[0, 1)")
+    base.check_range("sigma", sigma, "[0, inf)")
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     if isinstance(beta, (int, float)) and beta == 0:
 
         def weights_fn(state, gram, losses):

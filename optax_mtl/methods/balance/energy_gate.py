@@ -51,12 +51,14 @@ def energy_gate(
       num_tasks: number of tasks, T.
       granularity: whether a group is an ``"element"``, a ``"channel"`` (an index of
         the last axis) or a whole ``"tensor"``.
-      temperature: :math:`\tau`.
+      temperature: :math:`\tau`. Positive.
       boost: :math:`b`, factors for tasks to be favoured, a scalar or shape ``(T,)``.
-      magnitude: exponent :math:`q`.
-      alignment: exponent :math:`r`. Without an average yet, the alignment is 1/2.
-      decay: of the moving average of the updates.
-      energy_decay: of the moving averages of the energies.
+        Positive.
+      magnitude: exponent :math:`q`. At least 0.
+      alignment: exponent :math:`r`. Without an average yet, the alignment is 1/2. At
+        least 0.
+      decay: of the moving average of the updates. In [0, 1).
+      energy_decay: of the moving averages of the energies. In [0, 1).
 
     Returns:
       A gradient transformation that aggregates stacked updates. A task without a
@@ -85,13 +87,14 @@ def energy_gate(
       (``examples/gcd``) this loses to the plain sum; whole tensors at a temperature
       of 4 lose less.
     """
-    if granularity not in ("element", "channel", "tensor"):
-        raise ValueError(
-            f"granularity is {granularity!r}, but should be 'element', 'channel' or"
-            " 'tensor'"
-        )
-    base.check_range("temperature", temperature, positive=True)
-    base.check_range("boost", boost, positive=True)
+    base.check_count("num_tasks", num_tasks)
+    base.check_choice("granularity", granularity, ("element", "channel", "tensor"))
+    base.check_range("temperature", temperature, "(0, inf)")
+    base.check_range("boost", boost, "(0, inf)")
+    base.check_range("magnitude", magnitude, "[0, inf)")
+    base.check_range("alignment", alignment, "[0, inf)")
+    base.check_range("decay", decay, "[0, 1)")
+    base.check_range("energy_decay", energy_decay, "[0, 1)")
 
     def init_fn(params):
         return EnergyGateState(

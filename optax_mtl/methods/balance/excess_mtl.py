@@ -36,7 +36,7 @@ def excess_mtl(
 
     Args:
       num_tasks: number of tasks, T.
-      eta: step size of the weights.
+      eta: step size of the weights. At least 0.
       warmup_steps: steps of equal weights, over which :math:`E_i(0)` is the average;
         at least 1. The paper takes those of three epochs.
 
@@ -67,7 +67,9 @@ def excess_mtl(
       code adds 1e-7 to the sums; here none, so that the scale of the gradients does
       not matter. Published settings of ``eta`` range from 0.01 to 1.
     """
-    base.check_range("warmup_steps", warmup_steps, positive=True)
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("eta", eta, "[0, inf)")
+    base.check_count("warmup_steps", warmup_steps)
 
     def init(params):
         wide = jax.tree.map(

@@ -29,9 +29,9 @@ def fairgrad(
     ``alpha`` approaches the direction of :func:`~optax_mtl.mgda`.
 
     Args:
-      alpha: exponent of fairness, from 0 to 10 or so.
-      max_norm: the update is scaled down to this norm at most; ``None`` for no
-        limit. Without one, for ``alpha > 1``, larger gradients make smaller updates.
+      alpha: exponent of fairness, from 0 to 10 or so. At least 0.
+      max_norm: the update is scaled down to this norm at most; ``None`` for no limit.
+        Without one, for ``alpha > 1``, larger gradients make smaller updates. Positive.
       preference: weights of the tasks, shape ``(T,)``; by default 1 for each task.
         A task with 0 takes no part.
 
@@ -61,8 +61,8 @@ def fairgrad(
       solution, because a convex combination of the gradients vanishes, the update
       is zero.
     """
-    base.check_range("alpha", alpha)
-    base.check_range("max_norm", max_norm, positive=True)
+    base.check_range("alpha", alpha, "[0, inf)")
+    base.check_range("max_norm", max_norm, "(0, inf)", optional=True)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

@@ -43,8 +43,8 @@ def gradnorm(
 
     Args:
       num_tasks: number of tasks, T.
-      alpha: strength of the pull on tasks that train slowly; 0 makes all norms
-        equal.
+      alpha: strength of the pull on tasks that train slowly; 0 makes all norms equal.
+        At least 0.
       initial_losses: :math:`L_i(0)`, one number or shape ``(T,)``, for losses that
         depend on the initial parameters; the paper names the logarithm of the number
         of classes. By default the first loss seen of each task.
@@ -81,6 +81,10 @@ def gradnorm(
       no official code; implementations differ in the parametrization of the
       weights and in what counts as the initial loss.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("alpha", alpha, "[0, inf)")
+    base.check_range("initial_losses", initial_losses, "(-inf, inf)", optional=True)
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     optimizer = optax.adam(0.025, eps=1e-30) if optimizer is None else optimizer
 
     def init_fn():

@@ -60,6 +60,8 @@ def imtl(
       Heads get their gradients multiplied by :math:`e^{s_i}` in the paper; with
       :func:`optax.partition` that is :func:`~optax_mtl.imtl_l` for the heads.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
 
     def step(state, gram, losses):

@@ -43,10 +43,7 @@ def inverse_norm(target: str = "mean") -> optax.GradientTransformationExtraArgs:
     .. note::
       There is no paper of its own; the same weights are part of several methods.
     """
-    if target not in _TARGETS:
-        raise ValueError(
-            f"there is no target {target!r}; choose one of {', '.join(_TARGETS)}"
-        )
+    base.check_choice("target", target, _TARGETS)
     return base.from_gram(lambda gram: inverse_norm_weights(gram, target))
 
 

@@ -26,8 +26,8 @@ def nash_mtl(
     length 1, that of the gradients being lost.
 
     Args:
-      max_norm: the update is scaled down to this norm at most; ``None`` for no
-        limit.
+      max_norm: the update is scaled down to this norm at most; ``None`` for no limit.
+        Positive.
       preference: bargaining powers, shape ``(T,)``; by default 1 for each task. A
         task with 0 takes no part.
 
@@ -59,7 +59,7 @@ def nash_mtl(
       there is none, because a convex combination of the gradients vanishes, the
       update is zero.
     """
-    base.check_range("max_norm", max_norm, positive=True)
+    base.check_range("max_norm", max_norm, "(0, inf)", optional=True)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

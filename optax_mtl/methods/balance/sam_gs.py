@@ -56,10 +56,10 @@ def sam_gs(
 
     Args:
       num_tasks: number of tasks, T.
-      b1: decay of the momentum of each task.
-      b2: decay of the mean dissimilarity.
-      gamma: similarity below which norms are equalised; 0: never. The benchmarks of
-        the paper use 0.7 to 0.9.
+      b1: decay of the momentum of each task. In [0, 1).
+      b2: decay of the mean dissimilarity. In [0, 1).
+      gamma: similarity below which norms are equalised; 0: never. The benchmarks of the
+        paper use 0.7 to 0.9. At least 0.
       similarity: ``"pairs"`` averages over pairs of two tasks, as the authors' code
         does. ``"paper"`` also counts each task with itself, as the formula in the
         paper does; it is never below ``1 / T``, so that two tasks with the default
@@ -101,10 +101,12 @@ def sam_gs(
       this is the authors' code. The update is not linear in the scale of the
       gradients. Equal and opposite gradients count as similar, and may cancel.
     """
-    if similarity not in ("pairs", "paper", "min"):
-        raise ValueError(
-            f"similarity is {similarity!r}, but should be 'pairs', 'paper' or 'min'"
-        )
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("b1", b1, "[0, 1)")
+    base.check_range("b2", b2, "[0, 1)")
+    base.check_range("gamma", gamma, "[0, inf)")
+    base.check_choice("similarity", similarity, ("pairs", "paper", "min"))
+    base.check_choice("scale_by_num_tasks", scale_by_num_tasks, (True, False))
 
     def init_fn(params):
         return SAMGSState(

@@ -62,7 +62,8 @@ def random_weights(
       Lin et al, `Reasonable Effectiveness of Random Weighting: A Litmus Test for
       Multi-Task Learning <https://arxiv.org/abs/2111.10603>`_, TMLR 2022
     """
-    _check(distribution)
+    base.check_choice("distribution", distribution, DISTRIBUTIONS)
+    base.check_key(key)
 
     def init_fn():
         return RandomWeightsState(base.make_key(key), jnp.zeros([], jnp.int32))
@@ -94,7 +95,7 @@ def draw(
     Raises:
       ValueError: for an unknown distribution.
     """
-    _check(distribution)
+    base.check_choice("distribution", distribution, DISTRIBUTIONS)
     task_key, steps_key = jax.random.split(key)
     key = jax.random.fold_in(steps_key, step)
     shape = (num_tasks,)
@@ -122,11 +123,3 @@ def _nonempty_subset(key, num_tasks):
     empty = jnp.zeros(num_tasks, bool)
     _, chosen = jax.lax.while_loop(lambda carry: ~carry[1].any(), toss, (key, empty))
     return chosen
-
-
-def _check(distribution):
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(
-            f"there is no distribution {distribution!r}; choose one of"
-            f" {', '.join(DISTRIBUTIONS)}"
-        )

@@ -51,11 +51,7 @@ def aligned_mtl(
     .. note::
       Some implementations prefer ``1 / T`` for each task, a mean in place of a sum.
     """
-    if scale_mode not in SCALE_MODES:
-        raise ValueError(
-            f"there is no scale_mode {scale_mode!r}; choose one of"
-            f" {', '.join(SCALE_MODES)}"
-        )
+    base.check_choice("scale_mode", scale_mode, SCALE_MODES)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

@@ -28,7 +28,7 @@ def cagrad(
     to first order, since :math:`d = 0` is then within the ball.
 
     Args:
-      c: radius of the ball, relative to the norm of the average gradient.
+      c: radius of the ball, relative to the norm of the average gradient. At least 0.
       preference: weights of the average :math:`g_0`, shape ``(T,)``; by default
         ``1 / T`` for each task that is present.
       rescale: whether to divide the update by :math:`1 + c^2`, as the authors'
@@ -59,7 +59,8 @@ def cagrad(
       can divide by ``1 + c`` instead; chain with :func:`optax.scale` to do so. Other
       implementations return zero, or the average, for very small gradients.
     """
-    base.check_range("c", c)
+    base.check_range("c", c, "[0, inf)")
+    base.check_choice("rescale", rescale, (True, False))
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

@@ -58,6 +58,7 @@ def config(
       Where :math:`U^+ p` vanishes, as for two opposite gradients, the update is
       zero; the authors' code then divides rounding errors.
     """
+    base.check_static("length", length)
     if length not in LENGTHS and not isinstance(length, int):
         raise ValueError(
             f"there is no length {length!r}; choose one of {', '.join(LENGTHS)}, or"

@@ -23,8 +23,8 @@ def dualproj(
     Args:
       preference: weights of the tasks in the average, shape ``(T,)``; by default
         ``1 / T`` for each task that is present.
-      reg_eps: added to the diagonal of the normalised Gram matrix, 1e-4 in TorchJD;
-        by default the projection is exact.
+      reg_eps: added to the diagonal of the normalised Gram matrix, 1e-4 in TorchJD; by
+        default the projection is exact. At least 0.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -49,7 +49,7 @@ def dualproj(
     .. note::
       TorchJD returns the average itself where the gradients are small.
     """
-    base.check_range("reg_eps", reg_eps)
+    base.check_range("reg_eps", reg_eps, "[0, inf)")
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

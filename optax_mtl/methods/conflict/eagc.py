@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import tasks
+from optax_mtl import base, tasks
 
 
 class EAGCState(NamedTuple):
@@ -48,8 +48,8 @@ def eagc(
 
     Args:
       strength: :math:`\lambda_p`, the share that is projected away. Above 1 the
-        gradient may be reversed along known directions; this is allowed.
-      anchor: :math:`\lambda_a`, the strength of the alignment.
+        gradient may be reversed along known directions; this is allowed. At least 0.
+      anchor: :math:`\lambda_a`, the strength of the alignment. At least 0.
 
     Returns:
       A gradient transformation that turns stacked updates with a leading axis of
@@ -73,6 +73,8 @@ def eagc(
       divided by the number of labelled rows and of features, the gate is clipped to
       :math:`[0, 1]`, and the labelled energy is a running mean.
     """
+    base.check_range("strength", strength, "[0, inf)")
+    base.check_range("anchor", anchor, "[0, inf)")
 
     def init_fn(params: Any) -> optax.EmptyState:
         del params

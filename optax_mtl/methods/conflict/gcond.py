@@ -66,12 +66,15 @@ def gcond(
       num_tasks: number of tasks.
       thresholds: the critical, main and weak cosine, in ascending order.
       power: of the growth of the angle between the main and the critical cosine.
-      tie_breaking: weights of stability and of strength in the score.
-      dominance_window: how many wins in a row make a task lose; 0: no limit.
-      norm_decay: decay of the running mean of each task's norm.
+        Positive.
+      tie_breaking: weights of stability and of strength in the score. At least 0.
+      dominance_window: how many wins in a row make a task lose; 0: no limit. At least
+        0.
+      norm_decay: decay of the running mean of each task's norm. In [0, 1).
       norm_cap: largest norm of a task's gradient; longer ones are scaled down.
-      max_iters: most conflicts to resolve in an update; by default twice the number
-        of tasks.
+        Positive.
+      max_iters: most conflicts to resolve in an update; by default twice the number of
+        tasks. At least 0.
       smooth: whether the angle varies smoothly. Otherwise the thresholds bound
         zones, in which the loser becomes zero (critical), the loser alone is
         projected (main), or both are projected without an arbiter (weak).
@@ -136,15 +139,21 @@ def gcond(
       statistics of its task alone. The authors' README says that a dominating task
       wins; their code and the paper say, as here, that it loses.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("power", power, "(0, inf)")
+    base.check_range("tie_breaking", tie_breaking, "[0, inf)")
+    base.check_count("dominance_window", dominance_window, least=0)
+    base.check_range("norm_decay", norm_decay, "[0, 1)")
+    base.check_range("norm_cap", norm_cap, "(0, inf)", optional=True)
+    base.check_count("max_iters", max_iters, least=0, optional=True)
+    base.check_choice("smooth", smooth, (True, False))
+    base.check_choice("reference", reference, ("accumulated", "resolved"))
+    base.check_static("thresholds", thresholds)
     critical, main, weak = thresholds
     if not -1 <= critical <= main <= weak <= 1:
         raise ValueError(
             "gcond: thresholds must be (critical, main, weak) with "
             f"-1 <= critical <= main <= weak <= 1, got {thresholds}"
-        )
-    if reference not in ("accumulated", "resolved"):
-        raise ValueError(
-            f'gcond: reference must be "accumulated" or "resolved", got {reference!r}'
         )
 
     def init_fn(params):
@@ -344,7 +353,7 @@ def scale_by_lion_lars(
     with the ratio 1 if either norm is zero.
 
     Args:
-      clip: largest ratio.
+      clip: largest ratio. Positive.
 
     Returns:
       A gradient transformation that needs `params`. It keeps no momentum: chain it
@@ -371,6 +380,7 @@ def scale_by_lion_lars(
       Stabilization for Large-Scale Multi-Task Learning
       <https://arxiv.org/abs/2509.07252>`_, 2025, section III.F
     """
+    base.check_range("clip", clip, "(0, inf)")
 
     def scale(update, param):
         length, size = optax.tree.norm(update), optax.tree.norm(param)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_mtl import base, tasks
@@ -71,13 +70,9 @@ def graddrop(
       method to :func:`~optax_mtl.value_and_grad_at_features`. Some code rescales the
       result to a norm; here none.
     """
-    if not isinstance(leak, jax.core.Tracer):
-        leak = np.asarray(leak)
-        if leak.ndim > 1 or not np.all((leak >= 0) & (leak <= 1)):
-            raise ValueError(
-                f"leak {leak} should hold one number between 0 and 1, or one for each"
-                " task"
-            )
+    base.check_range("leak", leak, "[0, 1]")
+    base.check_key(key)
+    base.check_function("keep", keep)
 
     def init_fn(params):
         del params

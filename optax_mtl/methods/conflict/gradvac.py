@@ -42,7 +42,7 @@ def gradvac(
 
     Args:
       num_tasks: number of tasks, T.
-      beta: rate at which the running averages forget.
+      beta: rate at which the running averages forget. In [0, 1].
       key: seed or typed random key for the orders, drawn anew for each task and
         step.
 
@@ -72,6 +72,9 @@ def gradvac(
       layer, which :func:`~optax_mtl.per_group` keeps; here there is one for all
       parameters that the method is given.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("beta", beta, "[0, 1]")
+    base.check_key(key)
 
     def init_fn():
         targets = jnp.zeros((num_tasks, num_tasks))

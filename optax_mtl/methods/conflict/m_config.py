@@ -44,9 +44,9 @@ def m_config(
 
     Args:
       num_tasks: number of tasks, T.
-      b1: decay of the first moments.
-      b2: decay of the second moment.
-      eps: added to the denominator.
+      b1: decay of the first moments. In [0, 1).
+      b2: decay of the second moment. In [0, 1).
+      eps: added to the denominator. At least 0.
 
     Returns:
       A gradient transformation that aggregates stacked updates. A gradient of zeros
@@ -69,6 +69,10 @@ def m_config(
       Liu et al, `ConFIG: Towards Conflict-free Training of Physics Informed Neural
       Networks <https://arxiv.org/abs/2408.11104>`_, ICLR 2025
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("b1", b1, "[0, 1)")
+    base.check_range("b2", b2, "[0, 1)")
+    base.check_range("eps", eps, "[0, inf)")
 
     def init(params):
         wide = jax.tree.map(

@@ -70,16 +70,9 @@ def mgda(
       0.999, and may be far from the shortest combination for more than two tasks.
       The absent tasks are left out; by the letter, they would make the result zero.
     """
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            f"there is no normalization {normalization!r}; choose one of"
-            f" {', '.join(NORMALIZATIONS)}"
-        )
-    if apply_to not in ("normalized", "raw"):
-        raise ValueError(
-            f"apply_to is {apply_to!r}; choose 'normalized' (divided gradients) or"
-            " 'raw' (gradients as they are)"
-        )
+    base.check_choice("normalization", normalization, NORMALIZATIONS)
+    base.check_choice("apply_to", apply_to, ("normalized", "raw"))
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     preference = base.check_preference(preference)
     by_loss = normalization.startswith("loss")
 

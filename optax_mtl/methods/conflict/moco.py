@@ -49,12 +49,12 @@ def moco(
 
     Args:
       num_tasks: number of tasks, T.
-      beta: step size of the tracking.
+      beta: step size of the tracking. In (0, 1].
       gamma: step size of the weights; the product with the squared norms of the
-        gradients is what matters.
-      rho: strength of the pull towards equal weights.
-      beta_sigma: exponent of the decay of ``beta``.
-      gamma_sigma: exponent of the decay of ``gamma``.
+        gradients is what matters. At least 0.
+      rho: strength of the pull towards equal weights. At least 0.
+      beta_sigma: exponent of the decay of ``beta``. At least 0.
+      gamma_sigma: exponent of the decay of ``gamma``. At least 0.
       normalize: ``None`` tracks the gradients, as in the paper; ``"loss"`` tracks
         :math:`L_i g_i / \|g_i\|` and needs losses, as LibMTL does.
       lambda_map: ``"projection"`` onto the simplex, as in the paper, or
@@ -85,12 +85,15 @@ def moco(
       The tracking starts at zero, so that the first update is the fraction ``beta``
       of its full length.
     """
-    if normalize not in (None, "loss"):
-        raise ValueError(f"there is no normalize={normalize!r}; choose None or 'loss'")
-    if lambda_map not in ("projection", "softmax"):
-        raise ValueError(
-            f"there is no lambda_map={lambda_map!r}; choose projection or softmax"
-        )
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("beta", beta, "(0, 1]")
+    base.check_range("gamma", gamma, "[0, inf)")
+    base.check_range("rho", rho, "[0, inf)")
+    base.check_range("beta_sigma", beta_sigma, "[0, inf)")
+    base.check_range("gamma_sigma", gamma_sigma, "[0, inf)")
+    base.check_choice("normalize", normalize, (None, "loss"))
+    base.check_choice("lambda_map", lambda_map, ("projection", "softmax"))
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     to_simplex = base.softmax if lambda_map == "softmax" else solvers.project_simplex
 
     def init_fn():

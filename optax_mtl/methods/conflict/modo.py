@@ -36,8 +36,8 @@ def modo(
     Args:
       num_tasks: number of tasks, T.
       gamma: step size of the weights; the product with the squared norms of the
-        gradients is what matters.
-      rho: strength of the pull towards equal weights.
+        gradients is what matters. At least 0.
+      rho: strength of the pull towards equal weights. At least 0.
 
     Returns:
       A gradient transformation that aggregates stacked updates. Give it those of the
@@ -63,6 +63,9 @@ def modo(
       The authors' code adds the two batches instead of averaging them; another
       implementation applies the weights to a third batch, and has ``gamma=1e-3``.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("gamma", gamma, "[0, inf)")
+    base.check_range("rho", rho, "[0, inf)")
 
     def step(state, gram):
         cross, exists = split_batches(gram, num_tasks)

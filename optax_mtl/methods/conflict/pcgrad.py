@@ -60,8 +60,8 @@ def pcgrad(
       :func:`optax.scale` to do so. For an order of importance see
       :func:`~optax_mtl.priority_projection`.
     """
-    if order not in ("random", "fixed"):
-        raise ValueError(f"order is {order!r}, but should be 'random' or 'fixed'")
+    base.check_key(key)
+    base.check_choice("order", order, ("random", "fixed"))
 
     def step(state, gram):
         key, order_key = jax.random.split(state.key)

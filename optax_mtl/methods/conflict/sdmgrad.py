@@ -45,7 +45,7 @@ def sdmgrad(
 
     Args:
       num_tasks: number of tasks, T.
-      regularization: :math:`\lambda`.
+      regularization: :math:`\lambda`. At least 0.
       preference: :math:`p`, shape ``(T,)``; by default ``1 / T`` for each task that
         is present.
 
@@ -75,6 +75,8 @@ def sdmgrad(
       fixed size of 10 and momentum, and do not converge; here their size is the
       inverse of the Frobenius norm of the matrix.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("regularization", regularization, "[0, inf)")
     preference = base.check_preference(preference)
 
     def step(state, gram):

@@ -25,8 +25,8 @@ def upgrad(
     Args:
       preference: weights of the tasks, shape ``(T,)``; by default ``1 / T`` for each
         task that is present.
-      reg_eps: added to the diagonal of the normalised Gram matrix, 1e-4 in the
-        authors' code; by default the projections are exact.
+      reg_eps: added to the diagonal of the normalised Gram matrix, 1e-4 in the authors'
+        code; by default the projections are exact. At least 0.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -51,7 +51,7 @@ def upgrad(
     .. note::
       The authors' code averages the gradients where they are small.
     """
-    base.check_range("reg_eps", reg_eps)
+    base.check_range("reg_eps", reg_eps, "[0, inf)")
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

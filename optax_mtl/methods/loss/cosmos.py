@@ -24,7 +24,8 @@ def cosmos(
     gradients, those of this objective, may be negative.
 
     Args:
-      weight: :math:`\lambda` of the cosine, to be tuned to the size of the losses.
+      weight: :math:`\lambda` of the cosine, to be tuned to the size of the losses. At
+        least 0.
       preference: :math:`r`, shape ``(T,)``; by default ``1 / T`` for each task that
         is present.
 
@@ -54,7 +55,7 @@ def cosmos(
       The paper draws a new preference for each batch and feeds it to the model;
       :func:`optax.inject_hyperparams` changes it between steps.
     """
-    base.check_range("weight", weight)
+    base.check_range("weight", weight, "[0, inf)")
     preference = base.check_preference(preference)
 
     def weights_fn(losses):

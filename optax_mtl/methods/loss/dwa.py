@@ -36,9 +36,9 @@ def dwa(
 
     Args:
       num_tasks: number of tasks, T.
-      temperature: :math:`\tau`; a large one makes the weights equal.
-      window: number of steps in an average. The paper compares epochs: give the
-        number of steps in one.
+      temperature: :math:`\tau`; a large one makes the weights equal. Positive.
+      window: number of steps in an average. The paper compares epochs: give the number
+        of steps in one. At least 1.
       min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
         they are counted. Ratios of losses of either sign say
         nothing: below its bound one makes the weights NaN.
@@ -68,8 +68,10 @@ def dwa(
     .. note::
       Some implementations average the weighted losses instead of summing them.
     """
-    base.check_range("temperature", temperature, positive=True)
-    base.check_range("window", window, positive=True)
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("temperature", temperature, "(0, inf)")
+    base.check_count("window", window)
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
 
     def init_fn():
         return DWAState(

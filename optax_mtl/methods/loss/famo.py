@@ -49,7 +49,7 @@ def famo(
 
     Args:
       num_tasks: number of tasks, T.
-      gamma: decay of the logits.
+      gamma: decay of the logits. At least 0.
       min_losses: :math:`b`, lower bounds of the losses, one number or shape
         ``(T,)``. Below its bound a loss has no logarithm, and the weights are NaN.
       optimizer: of the logits, which it sees one by one; by default
@@ -84,6 +84,9 @@ def famo(
       :math:`D_i`; here nothing is added, so that the units of the losses do not
       matter.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("gamma", gamma, "[0, inf)")
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
 
     def init_fn():

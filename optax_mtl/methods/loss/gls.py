@@ -43,6 +43,7 @@ def gls(
       Loss Strategy for Multi-Task Learning <https://arxiv.org/abs/1904.08492>`_,
       CVPR Workshops 2019
     """
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     return base.from_losses(gls_weights, min_losses=min_losses)
 
 

@@ -29,8 +29,8 @@ def igb(
       reference: :math:`z`, one number or shape ``(T,)``, by default measured: the
         weights :math:`w` are 1 for ``warmup_steps + window`` steps, and the average
         loss over the last ``window`` of them is taken.
-      warmup_steps: steps before the window.
-      window: steps to average over. The authors' code takes one epoch.
+      warmup_steps: steps before the window. At least 0.
+      window: steps to average over. The authors' code takes one epoch. At least 1.
       min_losses: :math:`b`, the smallest possible losses, one number or shape
         ``(T,)``. Below its own one makes the weights NaN.
 
@@ -59,6 +59,11 @@ def igb(
       The second version of the paper, IGBv2, learns the weights by reinforcement
       learning, with a policy network of its own.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("reference", reference, "(-inf, inf)", optional=True)
+    base.check_count("warmup_steps", warmup_steps, least=0)
+    base.check_count("window", window)
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     return base.with_reference(
         igb_weights, num_tasks, reference, warmup_steps, window, min_losses
     )

@@ -26,7 +26,7 @@ def pbi(
     weights of the gradients, those of this objective, may be negative.
 
     Args:
-      theta: penalty :math:`\theta` of the distance from the ray.
+      theta: penalty :math:`\theta` of the distance from the ray. At least 0.
       preference: :math:`r`, shape ``(T,)``; by default the same for each task.
       reference: :math:`z`, one number or shape ``(T,)``.
 
@@ -53,7 +53,8 @@ def pbi(
       Decomposition <https://doi.org/10.1109/TEVC.2007.892759>`_, IEEE Transactions
       on Evolutionary Computation 2007
     """
-    base.check_range("theta", theta)
+    base.check_range("theta", theta, "[0, inf)")
+    base.check_range("reference", reference, "(-inf, inf)")
     preference = base.check_preference(preference)
 
     def weights_fn(losses):

@@ -32,7 +32,7 @@ def stch(
 
     Args:
       num_tasks: number of tasks, T.
-      mu: smoothness; as it vanishes, only the worst task counts.
+      mu: smoothness; as it vanishes, only the worst task counts. Positive.
       objective: ``"log"`` or ``"linear"``.
       reference: :math:`z`, one number or shape ``(T,)``. For ``"log"`` the nadir,
         losses that should be attained alike, by default measured: the method
@@ -41,8 +41,9 @@ def stch(
         the ideal point, by default 0.
       preference: :math:`p`, shape ``(T,)``, for ``"linear"`` alone; by default
         ``1 / T`` for each task that is present.
-      warmup_steps: steps before the window. The authors' code takes four epochs.
-      window: steps to average over. The authors' code takes one epoch.
+      warmup_steps: steps before the window. The authors' code takes four epochs. At
+        least 0.
+      window: steps to average over. The authors' code takes one epoch. At least 1.
       min_losses: :math:`b`, lower bounds of the losses for ``"log"``, one number or
         shape ``(T,)``. Below its bound a loss has no logarithm, and the weights are
         NaN. ``"linear"`` needs none.
@@ -69,11 +70,15 @@ def stch(
       Lin et al, `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
       <https://arxiv.org/abs/2402.19078>`_, ICML 2024
     """
-    if objective not in ("log", "linear"):
-        raise ValueError(f"there is no objective {objective!r}; choose log or linear")
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("mu", mu, "(0, inf)")
+    base.check_choice("objective", objective, ("log", "linear"))
+    base.check_range("reference", reference, "(-inf, inf)", optional=True)
+    base.check_count("warmup_steps", warmup_steps, least=0)
+    base.check_count("window", window)
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     if objective == "log" and preference is not None:
         raise ValueError("a preference needs objective='linear'")
-    base.check_range("mu", mu, positive=True)
     preference = base.check_preference(preference)
 
     if objective == "linear":

@@ -80,6 +80,9 @@ def uncertainty_weighting(
     .. note::
       The weights of a step are those before its update of the log-variances.
     """
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("initial", initial, "(-inf, inf)")
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     forms = [form] * num_tasks if isinstance(form, str) else list(form)
     unknown = [f for f in forms if f not in FORMS]
     if unknown or len(forms) != num_tasks:

@@ -22,6 +22,7 @@ def uw_so(
 
     Args:
       temperature: :math:`\tau`, to be tuned; a large one makes the weights equal.
+        Positive.
       min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
         they are counted. Below it the weights are NaN.
 
@@ -49,7 +50,8 @@ def uw_so(
     .. note::
       Written from memory of the paper, without its code at hand.
     """
-    base.check_range("temperature", temperature, positive=True)
+    base.check_range("temperature", temperature, "(0, inf)")
+    base.check_range("min_losses", min_losses, "(-inf, inf)")
     return base.from_losses(
         lambda losses: uw_so_weights(losses, temperature), min_losses=min_losses
     )

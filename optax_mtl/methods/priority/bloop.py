@@ -40,8 +40,8 @@ def bloop(
     The first gradient starts the average.
 
     Args:
-      weight: of the secondary gradient, :math:`\lambda`.
-      step_size: of the moving average, :math:`\rho`; 1 is no averaging.
+      weight: of the secondary gradient, :math:`\lambda`. At least 0.
+      step_size: of the moving average, :math:`\rho`; 1 is no averaging. In (0, 1].
       primary: number of the primary task, :math:`p`.
       subtract: whether to subtract multiples of the ``"average"``, as in the
         formula, or of the primary ``"gradient"`` itself, with the same ratio.
@@ -73,10 +73,12 @@ def bloop(
       The authors' code adds 1e-7 to the squared norm of the average, and rescales by
       ``1 + weight`` where its paper divides by it.
     """
-    if subtract not in ("average", "gradient"):
-        raise ValueError(
-            f"subtract is {subtract!r}, but should be 'average' or 'gradient'"
-        )
+    base.check_range("weight", weight, "[0, inf)")
+    base.check_range("step_size", step_size, "(0, 1]")
+    base.check_primary(primary)
+    base.check_choice("subtract", subtract, ("average", "gradient"))
+    base.check_choice("barrier", barrier, (True, False))
+    base.check_choice("rescale", rescale, (True, False))
 
     def init_fn(params):
         return BloopState(
@@ -90,7 +92,9 @@ def bloop(
         if count is None:
             return updates, state
         base.check_primary(primary, count)
-        precise = jax.tree.map(lambda g, e: g.astype(e.dtype), updates, state.average)
+        precise = jax.tree.map(
+            lambda g, e: jnp.asarray(g, e.dtype), updates, state.average
+        )
         main = jax.tree.map(lambda g: g[primary], precise)
         others = (jnp.arange(count) != primary).astype(float)
         secondary = tasks.combine(others, precise)

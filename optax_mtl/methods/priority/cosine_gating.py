@@ -42,6 +42,8 @@ def cosine_gating(
       Du et al, `Adapting Auxiliary Losses Using Gradient Similarity
       <https://arxiv.org/abs/1812.02224>`_, 2018
     """
+    base.check_primary(primary)
+    base.check_choice("weighted", weighted, (True, False))
     return base.from_gram(lambda gram: cosine_gating_weights(gram, primary, weighted))
 
 

@@ -24,8 +24,8 @@ def dynamic_barrier(
     :math:`\langle d, g_p \rangle \ge \beta \|g_p\|^2`.
 
     Args:
-      beta: progress of the primary loss, relative to that of its own gradient; above
-        0.
+      beta: progress of the primary loss, relative to that of its own gradient; above 0.
+        At least 0.
       primary: number of the primary task, :math:`p`.
 
     Returns:
@@ -51,6 +51,8 @@ def dynamic_barrier(
       This is the paper's lexicographic case. Its constrained case also bounds the
       progress by the distance of the primary loss from a threshold.
     """
+    base.check_range("beta", beta, "[0, inf)")
+    base.check_primary(primary)
     return base.from_gram(lambda gram: dynamic_barrier_weights(gram, beta, primary))
 
 

@@ -38,8 +38,8 @@ def metabalance(
 
     Args:
       num_tasks: number of tasks, T.
-      relax: :math:`r`; 1 makes the norms equal, and 0 gives the plain sum.
-      decay: of the moving averages of the norms.
+      relax: :math:`r`; 1 makes the norms equal, and 0 gives the plain sum. In [0, 1].
+      decay: of the moving averages of the norms. In [0, 1).
       primary: number of the primary task, :math:`p`.
       strategy: whether to ``"reduce"`` only gradients larger than the primary one,
         to ``"enlarge"`` only smaller ones, or ``"both"``, as the authors' code does.
@@ -65,11 +65,11 @@ def metabalance(
       Gradient Magnitudes of Auxiliary Tasks <https://arxiv.org/abs/2203.06801>`_,
       WWW 2022
     """
-    if strategy not in _STRATEGIES:
-        raise ValueError(
-            f"there is no strategy {strategy!r}; choose one of {', '.join(_STRATEGIES)}"
-        )
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("relax", relax, "[0, 1]")
+    base.check_range("decay", decay, "[0, 1)")
     base.check_primary(primary, num_tasks)
+    base.check_choice("strategy", strategy, _STRATEGIES)
 
     def init_fn(params):
         return MetaBalanceState(

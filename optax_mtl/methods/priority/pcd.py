@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_mtl import base, solvers, tasks
@@ -46,7 +45,7 @@ def pcd(
         normalised gradient would bring it; one for all tasks or one for each, shape
         ``(T,)``, where that of the primary task is not used.
       primary: number of the primary task, :math:`p`.
-      decay: of the moving average of the squared norms.
+      decay: of the moving average of the squared norms. In [0, 1).
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -72,11 +71,10 @@ def pcd(
       Other implementations add 1e-8 to the averages, which changes the direction for
       gradients of about that size.
     """
-    if not isinstance(tau, jax.core.Tracer):
-        values = np.asarray(tau)
-        if not np.all((values >= 0) & (values <= 1)):
-            raise ValueError(f"tau should be in [0, 1], but is {values}")
+    base.check_count("num_tasks", num_tasks)
+    base.check_range("tau", tau, "[0, 1]")
     base.check_primary(primary, num_tasks)
+    base.check_range("decay", decay, "[0, 1)")
 
     def init_fn():
         return PCDState(

@@ -64,8 +64,8 @@ def priority_projection(
       GEM and A-GEM take one more step with the projected gradient alone; here all
       tasks are trained, and the sum is taken.
     """
-    if mode not in _MODES:
-        raise ValueError(f"mode is {mode!r}, but should be one of {', '.join(_MODES)}")
+    base.check_choice("mode", mode, _MODES)
+    base.check_static("order", order)
     if order is not None and sorted(order) != list(range(len(order))):
         raise ValueError(f"the order {order} should name each task once, from 0 on")
 

@@ -20,8 +20,8 @@ def geometric_median(num_iters: int = 100) -> optax.GradientTransformationExtraA
     from the average.
 
     Args:
-      num_iters: number of iterations. They converge slowly where the median is one
-        of the gradients.
+      num_iters: number of iterations. They converge slowly where the median is one of
+        the gradients. At least 0.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -39,6 +39,7 @@ def geometric_median(num_iters: int = 100) -> optax.GradientTransformationExtraA
       Pillutla et al, `Robust Aggregation for Federated Learning
       <https://arxiv.org/abs/1912.13445>`_, 2019
     """
+    base.check_count("num_iters", num_iters, least=0)
     return base.from_gram(lambda gram: geometric_median_weights(gram, num_iters))
 
 

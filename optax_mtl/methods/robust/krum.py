@@ -26,9 +26,9 @@ def krum(
       \sum_{j \in N_i} \|g_i - g_j\|^2.
 
     Args:
-      num_byzantine: :math:`f`, at most ``T - 3`` unless it is 0. By default 1, or 0
-        for three tasks and fewer.
-      num_selected: :math:`m`, at most T; 1 is Krum. By default ``T - f``.
+      num_byzantine: :math:`f`, at most ``T - 3`` unless it is 0. By default 1, or 0 for
+        three tasks and fewer. At least 0.
+      num_selected: :math:`m`, at most T; 1 is Krum. By default ``T - f``. At least 1.
       squared: whether the score sums squared distances, as in the paper, or
         distances.
 
@@ -56,8 +56,9 @@ def krum(
       Tasks that tie for the last place share it. With absent tasks, T is the number
       of the others; if that is too small, the score is the distance to the nearest.
     """
-    base.check_range("num_byzantine", num_byzantine)
-    base.check_range("num_selected", num_selected, positive=True)
+    base.check_count("num_byzantine", num_byzantine, least=0, optional=True)
+    base.check_count("num_selected", num_selected, optional=True)
+    base.check_choice("squared", squared, (True, False))
 
     def weights_fn(gram):
         return krum_weights(gram, num_byzantine, num_selected, squared)

@@ -20,7 +20,7 @@ def trimmed_mean(
     Args:
       num_trimmed: :math:`b`, how many of the largest and of the smallest entries to
         leave out; T is at least :math:`2 b + 1`. By default 1, or 0 for two tasks and
-        fewer.
+        fewer. At least 0.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -45,7 +45,7 @@ def trimmed_mean(
       With absent tasks, T is the number of the others; if that is too small,
       as many entries are left out as can be.
     """
-    base.check_range("num_trimmed", num_trimmed)
+    base.check_count("num_trimmed", num_trimmed, least=0, optional=True)
 
     def init_fn(params):
         del params
