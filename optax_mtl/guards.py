@@ -175,14 +175,5 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
 begin the chain with a method, such as optax_mtl.linear(), which consumes the task axis
     """
 
-    def check(path, param, update):
-        if update is not None and jnp.shape(update) != jnp.shape(param):
-            raise ValueError(
-                f"the update of params{jax.tree_util.keystr(path)} has shape"
-                f" {jnp.shape(update)}, the parameter {jnp.shape(param)}: begin the"
-                " chain with a method, such as optax_mtl.linear(), which consumes the"
-                " task axis"
-            )
-
-    jax.tree_util.tree_map_with_path(check, params, updates)
+    tasks.check_resolved(updates, params)
     return optax.apply_updates(params, updates)

@@ -17,12 +17,16 @@ class GramView:
 
     Stands for stacked updates wherever a method reads nothing but inner
     products: :func:`gram` returns the matrix, :func:`combine` returns the
-    weights. Anything else is an error, since there are no gradients in it.
+    weights, or the gradient that they make. Anything else is an error, since
+    there are no gradients in it.
 
     Args:
       num_tasks: number of tasks, T.
       compute: returns the Gram matrix, shape ``(T, T)``. Called when a method
         asks for the matrix, and not at all by one that does not.
+      combine: maps weights, shape ``(T,)``, to the weighted sum of the gradients,
+        so that what follows a method in a chain receives a gradient. By default
+        the weights take its place.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -34,22 +38,32 @@ class GramView:
       [0.6 0.4]
     """
 
-    def __init__(self, num_tasks: int, compute: Callable[[], jax.Array]):
+    def __init__(
+        self,
+        num_tasks: int,
+        compute: Callable[[], jax.Array],
+        combine: Callable[[jax.Array], optax.Updates] | None = None,
+    ):
         self.num_tasks = num_tasks
         self.compute = compute
+        self.combine = combine or (lambda weights: weights)
 
-    def refuse(self, *_: Any) -> NoReturn:
+    def refuse(self, reader: str = "this chain") -> NoReturn:
         """Raises the error that names the way to the gradients themselves."""
         raise TypeError(
-            "this method reads the task gradients themselves, but only their Gram"
-            " matrix is known here; obtain them with"
-            " optax_mtl.value_and_task_grads, or choose a method whose row in"
-            " optax_mtl.METHODS reads 'gram' or 'losses'"
+            f"{reader} reads the task gradients themselves, but only their Gram matrix"
+            " is known here: a chain begins with a method whose row in"
+            " optax_mtl.METHODS reads 'gram' or 'losses', and nothing in front of it"
+            " or around it reads gradients. For any other chain give"
+            " optax_mtl.value_and_grad mode='stacked', or obtain the gradients with"
+            " optax_mtl.value_and_task_grads"
         )
 
 
 # Whatever maps over the leaves of the updates meets the error.
-jax.tree_util.register_pytree_node(GramView, GramView.refuse, GramView.refuse)
+jax.tree_util.register_pytree_node(
+    GramView, GramView.refuse, lambda _, parts: GramView(*parts)
+)
 
 
 def check_stacked(
@@ -108,6 +122,9 @@ def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | N
                 " are floating point; differentiate with respect to floating-point"
                 " parameters only"
             )
+    if params is not None:
+        jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
+    for path, leaf in leaves:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != jnp.shape(first)[0]:
             raise ValueError(
                 f"every leaf needs the same leading task axis, but"
@@ -116,19 +133,47 @@ def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | N
                 " optax_mtl.value_and_task_grads (heads that are not stacked are"
                 " routed around the method by optax.partition)"
             )
-    if params is not None:
-        jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
     return jnp.shape(first)[0]
 
 
 def _check_leaf(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> None:
-    if jnp.shape(update)[1:] != jnp.shape(param):
+    if jnp.ndim(update) == 0 or jnp.shape(update)[1:] != jnp.shape(param):
         raise ValueError(
             f"updates{jax.tree_util.keystr(path)} has shape {jnp.shape(update)}, but"
             f" the parameter has shape {jnp.shape(param)}: expected the gradients of"
             f" T tasks, (T, *{jnp.shape(param)}), for example from"
-            " optax_mtl.value_and_task_grads; the method comes first in optax.chain"
+            " optax_mtl.value_and_task_grads; one method comes first in optax.chain,"
+            " and no second"
         )
+
+
+def check_resolved(updates: optax.Updates, params: optax.Params) -> None:
+    """Validates at trace time that updates may be added to the parameters.
+
+    Args:
+      updates: what a chain returned; ``None`` for a leaf is no update.
+      params: parameters.
+
+    Raises:
+      ValueError: if the structure or a shape differs, or an update is complex where
+        the parameter is real.
+    """
+
+    def check(path, param, update):
+        if update is not None and jnp.shape(update) != jnp.shape(param):
+            raise ValueError(
+                f"the update of params{jax.tree_util.keystr(path)} has shape"
+                f" {jnp.shape(update)}, the parameter {jnp.shape(param)}: begin the"
+                " chain with a method, such as optax_mtl.linear(), which consumes the"
+                " task axis"
+            )
+        if jnp.iscomplexobj(update) and not jnp.iscomplexobj(param):
+            raise ValueError(
+                f"the update of params{jax.tree_util.keystr(path)} is complex, the"
+                " parameter is real"
+            )
+
+    jax.tree_util.tree_map_with_path(check, params, updates)
 
 
 def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
@@ -272,8 +317,8 @@ def combine(weights: jax.Array, updates: optax.Updates) -> optax.Updates:
         :class:`GramView`.
 
     Returns:
-      Tree with leaves of shape ``p`` and the dtypes of the gradients; the
-      weights themselves for a :class:`GramView`.
+      Tree with leaves of shape ``p`` and the dtypes of the gradients; for a
+      :class:`GramView`, what its ``combine`` makes of the weights.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -282,8 +327,15 @@ def combine(weights: jax.Array, updates: optax.Updates) -> optax.Updates:
       >>> print(optax_mtl.combine(jnp.array([0.5, 0.25]), updates))
       [-0.5   0.75  0.75]
     """
-    if isinstance(updates, GramView):
-        return weights
+    is_view = isinstance(updates, GramView)
+    count = updates.num_tasks if is_view else check_stacked(updates)
+    if count is not None and jnp.shape(weights) != (count,):
+        raise ValueError(
+            f"expected one weight for each of the {count} tasks, shape ({count},), got"
+            f" weights of shape {jnp.shape(weights)}"
+        )
+    if is_view:
+        return updates.combine(weights)
 
     def combine_leaf(x):
         # Low-precision gradients are summed in the precision of the weights.
@@ -384,5 +436,11 @@ def has_gradient(updates: optax.Updates) -> jax.Array:
 
 def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
     """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
+    if isinstance(updates, GramView):
+        return GramView(
+            updates.num_tasks,
+            lambda: jnp.outer(factors, factors) * gram(updates),
+            lambda weights: combine(factors * weights, updates),
+        )
     scale = lambda x: (along_tasks(factors, x) * x).astype(x.dtype)
     return jax.tree.map(scale, updates)

@@ -92,7 +92,7 @@ def log_losses() -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
         del extra_args
-        count = tasks.check_stacked(updates, params)
+        count = tasks.check_stacked(updates, params, gram_suffices=True)
         if count is None:
             return updates, state
         losses = tasks.stack_losses(losses, count)
