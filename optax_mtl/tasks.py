@@ -188,7 +188,7 @@ def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
       The losses, in float32 or better.
 
     Raises:
-      TypeError: if ``losses`` is ``None``.
+      TypeError: if ``losses`` is ``None`` or complex.
       ValueError: if the shape is another.
     """
     if losses is None:
@@ -200,6 +200,11 @@ def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
     leaves = jax.tree.leaves(losses)
     vector = leaves[0] if len(leaves) == 1 and jnp.ndim(leaves[0]) else leaves
     vector = jnp.asarray(vector)
+    if jnp.iscomplexobj(vector):
+        raise TypeError(
+            f"losses have dtype {vector.dtype}, but only real numbers can be minimised:"
+            " take the real part or the absolute value"
+        )
     if vector.ndim != 1 or num_tasks not in (None, len(vector)):
         raise ValueError(
             f"losses have shape {vector.shape}, expected one scalar for each of the"
