@@ -45,6 +45,10 @@ def apply_if_finite(
         return optax.apply_if_finite(tx, max_consecutive_errors).init(params)
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
+        if isinstance(updates, tasks.GramView):
+            updates.refuse(
+                "apply_if_finite (optax.apply_if_finite after the method does not)"
+            )
         finite = base.all_finite((updates, losses))
         increment = optax.safe_increment
         count = jnp.where(finite, 0, increment(state.notfinite_count))
@@ -95,7 +99,7 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if tasks.check_stacked(updates, params) is None:
+        if tasks.check_stacked(updates, params, reader="zero_nonfinite") is None:
             return updates, state
         finite_entries = lambda g: jnp.isfinite(g).all(axis=tuple(range(1, g.ndim)))
         finite = jnp.stack(jax.tree.leaves(jax.tree.map(finite_entries, updates)))

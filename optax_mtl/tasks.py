@@ -72,6 +72,7 @@ def check_stacked(
     num_tasks: int | None = None,
     *,
     gram_suffices: bool = False,
+    reader: str = "this method",
 ) -> int | None:
     """Validates stacked task gradients at trace time and counts the tasks.
 
@@ -80,6 +81,7 @@ def check_stacked(
       params: parameters, leaves of shape ``p``; ``None`` skips that comparison.
       num_tasks: the T that the method was made for, if it has state.
       gram_suffices: whether a :class:`GramView` will do.
+      reader: who reads the gradients, for the error about one.
 
     Returns:
       T; ``None`` for a group of :func:`optax.partition` that holds no leaf.
@@ -92,7 +94,7 @@ def check_stacked(
         ``num_tasks``.
     """
     if isinstance(updates, GramView) and not gram_suffices:
-        updates.refuse()
+        updates.refuse(reader)
     is_view = isinstance(updates, GramView)
     found = updates.num_tasks if is_view else _count_tasks(updates, params)
     if num_tasks is not None and found not in (None, num_tasks):

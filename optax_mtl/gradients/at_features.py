@@ -13,6 +13,7 @@ from optax_mtl.gradients.backward import (
     MAX_WRITTEN_OUT_HEADS,
     pull_back_each,
     separate_losses,
+    take_aux,
 )
 from optax_mtl.gradients.resolver import Resolver, resolve
 from optax_mtl.gradients.sharing import split
@@ -93,14 +94,13 @@ def value_and_grad_at_features(
 
     def init(params, *args, **kwargs):
         value = jax.eval_shape(trunk_fn, params, *args, **kwargs)
-        features = value[0] if has_aux else value
+        features, _ = take_aux(value, has_aux, "trunk_fn")
         zeros = lambda z: jnp.zeros(z.shape, z.dtype)
         return method.init(jax.tree.map(zeros, features))
 
     def fn(params, state, *args, **kwargs):
         def features_of(params):
-            value = trunk_fn(params, *args, **kwargs)
-            return value if has_aux else (value, None)
+            return take_aux(trunk_fn(params, *args, **kwargs), has_aux, "trunk_fn")
 
         split(params, None)  # Validates the parameters.
         features, pull_back_trunk, trunk_aux = jax.vjp(
@@ -109,7 +109,7 @@ def value_and_grad_at_features(
 
         def losses_of(params, features):
             value = heads_fn(params, features, *args, **kwargs)
-            losses = value[0] if has_aux else value
+            losses, _ = take_aux(value, has_aux, "heads_fn")
             return separate_losses(losses, MAX_WRITTEN_OUT_HEADS), value
 
         primals = (params, features)

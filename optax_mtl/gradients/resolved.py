@@ -14,8 +14,9 @@ from optax_mtl.gradients.backward import (
     vector_fn,
 )
 from optax_mtl.gradients.resolver import Resolver, resolve
-from optax_mtl.gradients.sharing import Mask, mask_of, merge, split
+from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.gradients.stacked import value_and_task_grads
+from optax_mtl.labels import Labels, mask_of
 
 
 def value_and_grad(
@@ -24,7 +25,7 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     mode: str = "gram",
-    shared: Mask | Callable[[optax.Params], Mask] | None = None,
+    shared: Labels | None = None,
 ) -> Resolver:
     r"""Makes a function that returns the losses and the resolved gradient.
 
@@ -163,7 +164,7 @@ def value_and_grad(
         value, updates = task_grads(params, *args, **kwargs)
         losses = value[0] if has_aux else value
         vector = tasks.stack_losses(losses, None)
-        mask = mask_of(params, shared)
+        mask = mask_of(params, shared, "shared")
         stacked, heads = split(updates, mask)
         shared_part, _ = split(params, mask)
         grads, state = resolve(method, stacked, state, shared_part, vector, init_call)

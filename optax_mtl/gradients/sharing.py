@@ -1,22 +1,14 @@
 """Which parameters all tasks share, and which are heads."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-Mask = Any  # Tree of bools with the structure of the parameters, or a prefix of it.
-
-
-def mask_of(params: optax.Params, shared: Mask | Callable | None) -> Mask:
-    """A tree of bools with the structure of the parameters: which are shared."""
-    mask = shared(params) if callable(shared) else shared
-    return jax.tree.broadcast(True if mask is None else mask, params)
+from optax_mtl import labels
 
 
-def split(tree: Any, shared: Mask | Callable | None) -> tuple[Any, Any]:
+def split(tree: Any, shared: labels.Labels | None) -> tuple[Any, Any]:
     """Separates the shared leaves from the others; None stands for a hole.
 
     Raises:
@@ -29,7 +21,7 @@ def split(tree: Any, shared: Mask | Callable | None) -> tuple[Any, Any]:
                 f" {jnp.result_type(leaf)}, which has no gradient; hand it to losses_fn"
                 " as another argument (with Flax NNX, split the model by nnx.Param)"
             )
-    mask = mask_of(tree, shared)
+    mask = labels.mask_of(tree, shared, "shared")
     pick = lambda keep: jax.tree.map(lambda x, m: x if m is keep else None, tree, mask)
     return pick(True), pick(False)
 
