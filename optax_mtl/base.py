@@ -253,12 +253,19 @@ def check_preference(preference: jax.typing.ArrayLike | None) -> jax.Array | Non
     """Validates a preference over the tasks: at least 0, not all 0.
 
     Raises:
+      TypeError: for something else than numbers.
       ValueError: for a negative entry, more than one axis, or zeros only.
     """
     if preference is None:
         return None
     if not isinstance(preference, jax.core.Tracer):
         values = np.asarray(preference)
+        if values.dtype.kind not in "biuf":
+            raise TypeError(
+                f"preference {preference!r} should be one number, or an array of one"
+                " for each task, in the order of the losses (a dict of losses: sorted"
+                " by name)"
+            )
         if values.ndim > 1 or not np.all(values >= 0) or not np.any(values):
             raise ValueError(
                 f"preference {values} should hold one number of at least 0 for each"

@@ -70,6 +70,58 @@ def apply_if_finite(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def checked(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The same chain, refusing whatever would broadcast the parameters.
+
+    Where a method is forgotten, or does not see all gradients, as inside
+    :func:`optax.masked` or beside :func:`optax.identity` and
+    :func:`optax.set_to_zero` in :func:`optax.partition`, updates keep their task axis;
+    Flax's optimizers and :func:`optax.apply_updates` then broadcast the parameters
+    silently. Where Adam stands before the method, its state does. The shapes tell, so
+    that checking costs nothing once a step is compiled.
+
+    Args:
+      tx: a chain that consumes the task axis.
+
+    Returns:
+      A gradient transformation with the updates and the state of ``tx``.
+
+    Raises:
+      ValueError: at the update, if the updates have other shapes than the parameters,
+        without parameters, and if the state changes its shapes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_mtl
+      >>> forgotten = optax_mtl.checked(optax.sgd(1e-3))
+      >>> params = {"w": jnp.zeros(3)}
+      >>> forgotten.update({"w": jnp.ones((2, 3))}, forgotten.init(params), params)
+      Traceback (most recent call last):
+      ...
+      ValueError: the update of params['w'] has shape (2, 3), the parameter (3,): \
+begin the chain with a method, such as optax_mtl.linear(), which consumes the task \
+axis of every leaf
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(
+                "checked compares the updates with the parameters: call"
+                " update(updates, state, params)"
+            )
+        out, new_state = tx.update(updates, state, params, **extra_args)
+        if isinstance(out, tasks.GramView):
+            out.refuse("this chain has no method that consumes the task axis: it")
+        tasks.check_resolved(out, params)
+        tasks.check_state_kept(state, new_state)
+        return out, new_state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def zero_outputs(step: Callable[[], Any], updates: optax.Updates) -> optax.Updates:
     """Zeros like the updates that ``step`` returns, sharded like those it is given."""
     zeros = lambda out, g: jnp.zeros_like(g[0] if g.ndim > out.ndim else g, out.dtype)
@@ -157,7 +209,9 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     """Adds updates to the parameters, and refuses to broadcast.
 
     Without a method in the chain the updates keep their task axis, and
-    :func:`optax.apply_updates` would broadcast the parameters to it silently.
+    :func:`optax.apply_updates`, or ``equinox.apply_updates``, would broadcast the
+    parameters to it silently. Trainers that call those themselves take
+    :func:`checked` chains.
 
     Args:
       params: parameters.
@@ -176,7 +230,8 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
       Traceback (most recent call last):
       ...
       ValueError: the update of params['w'] has shape (2, 3), the parameter (3,): \
-begin the chain with a method, such as optax_mtl.linear(), which consumes the task axis
+begin the chain with a method, such as optax_mtl.linear(), which consumes the task \
+axis of every leaf
     """
 
     tasks.check_resolved(updates, params)

@@ -118,12 +118,12 @@ def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | N
     (first_path, first), *_ = leaves
     shape_of = lambda path, x: f"updates{jax.tree_util.keystr(path)} {jnp.shape(x)}"
     for path, leaf in leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"{shape_of(path, leaf)} has dtype {jnp.result_type(leaf)}: gradients"
-                " are floating point; differentiate with respect to floating-point"
-                " parameters only"
-            )
+        check_floating(
+            f"updates{jax.tree_util.keystr(path)}",
+            leaf,
+            ": gradients are floating point; differentiate with respect to"
+            " floating-point parameters only",
+        )
     if params is not None:
         jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
     for path, leaf in leaves:
@@ -132,8 +132,10 @@ def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | N
                 f"every leaf needs the same leading task axis, but"
                 f" {shape_of(path, leaf)} and {shape_of(first_path, first)} differ or"
                 " have none; stack the gradients of the tasks, for example with"
-                " optax_mtl.value_and_task_grads (heads that are not stacked are"
-                " routed around the method by optax.partition)"
+                " optax_mtl.value_and_task_grads. Of gradients with heads that are not"
+                " stacked, measure the shared part alone, as in"
+                " optax_mtl.gram(grads['trunk']); in a chain, optax.partition routes"
+                " the heads around the method"
             )
     return jnp.shape(first)[0]
 
@@ -145,7 +147,8 @@ def _check_leaf(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> N
             f" the parameter has shape {jnp.shape(param)}: expected the gradients of"
             f" T tasks, (T, *{jnp.shape(param)}), for example from"
             " optax_mtl.value_and_task_grads; one method comes first in optax.chain,"
-            " and no second"
+            " and no second (around a chain, optax_mtl.multi_steps takes the place of"
+            " optax.MultiSteps)"
         )
 
 
@@ -167,7 +170,7 @@ def check_resolved(updates: optax.Updates, params: optax.Params) -> None:
                 f"the update of params{jax.tree_util.keystr(path)} has shape"
                 f" {jnp.shape(update)}, the parameter {jnp.shape(param)}: begin the"
                 " chain with a method, such as optax_mtl.linear(), which consumes the"
-                " task axis"
+                " task axis of every leaf"
             )
         if jnp.iscomplexobj(update) and not jnp.iscomplexobj(param):
             raise ValueError(
@@ -176,6 +179,52 @@ def check_resolved(updates: optax.Updates, params: optax.Params) -> None:
             )
 
     jax.tree_util.tree_map_with_path(check, params, updates)
+
+
+def check_state_kept(state: optax.OptState, new_state: optax.OptState) -> None:
+    """Validates at trace time that an update keeps the shapes of the state.
+
+    Raises:
+      ValueError: if the shape of a leaf changed, as where Adam stands before a method.
+    """
+    differing = differing_shapes(state, new_state)
+    if differing:
+        raise ValueError(
+            f"the update changes the state of the chain: {differing}. What comes before"
+            " the method sees the gradients of all tasks stacked: wrap it as"
+            " optax_mtl.per_task(tx, num_tasks), or put it after the method"
+        )
+
+
+def differing_shapes(state: optax.OptState, other: optax.OptState) -> str:
+    """The first leaf by which the second state differs from the first, if any."""
+    shapes_of = lambda tree: {
+        jax.tree_util.keystr(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    shapes, others = shapes_of(state), shapes_of(other)
+    for path in shapes | others:
+        shape, found = shapes.get(path, "none"), others.get(path, "none")
+        if shape != found:
+            return f"state{path} has shape {found}, expected {shape}"
+    return ""
+
+
+def check_floating(where: str, leaf: Any, remedy: str) -> None:
+    """Validates that a leaf is an array of floating-point or complex numbers.
+
+    Raises:
+      TypeError: if it is not.
+    """
+    if not hasattr(leaf, "dtype") and not isinstance(leaf, (int, float, complex)):
+        raise TypeError(
+            f"{where} is {leaf!r}, which is no array: split the tree, and hand the rest"
+            " to losses_fn as another argument (with Equinox,"
+            " eqx.partition(model, eqx.is_inexact_array); with Flax NNX, nnx.split by"
+            " nnx.Param)"
+        )
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        raise TypeError(f"{where} has dtype {jnp.result_type(leaf)}{remedy}")
 
 
 def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
@@ -372,6 +421,7 @@ def cosine_similarity(gram: jax.Array) -> jax.Array:
       [[ 1.    -0.841]
        [-0.841  1.   ]]
     """
+    _check_gram(gram, "cosine_similarity")
     norms = jnp.sqrt(jnp.diagonal(gram))
     # Exactly zero where a task is absent, hence safe to divide by elsewhere.
     inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
@@ -412,6 +462,7 @@ def conflicts(gram: jax.Array) -> Conflicts:
       Yu et al, `Gradient Surgery for Multi-Task Learning
       <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020, for conflicting pairs.
     """
+    _check_gram(gram, "conflicts")
     exists = present(gram)
     cosines = cosine_similarity(gram)
     pairs = jnp.outer(exists, exists) & ~jnp.eye(len(gram), dtype=bool)
@@ -428,6 +479,17 @@ def conflicts(gram: jax.Array) -> Conflicts:
             1,
         ),
     )
+
+
+def _check_gram(gram: Any, name: str) -> None:
+    """Refuses gradients where their Gram matrix is meant."""
+    shape = getattr(gram, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != shape[1]:
+        raise TypeError(
+            f"{name} takes a Gram matrix, shape (T, T), got shapes"
+            f" {jax.tree.map(jnp.shape, gram)}: call"
+            f" optax_mtl.{name}(optax_mtl.gram(updates))"
+        )
 
 
 def along_tasks(vector: jax.typing.ArrayLike, like: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_mtl
 from tests.common import compiled_fast, flops, temporary_memory
@@ -165,3 +166,55 @@ def test_the_gram_matrix_is_computed_once():
         fn = optax_mtl.value_and_grad(losses_fn, tx)
         cost.append(flops(fn, PARAMS, fn.init(PARAMS), *batch))
     assert cost[1] <= 1.1 * cost[0]
+
+
+STACKED = jax.tree.map(lambda p: np.stack([p] * T), PARAMS)
+
+
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_checked_chains_refuse_to_broadcast(name):
+    tx = optax_mtl.checked(FORGOTTEN[name])
+    remedy = "begin.* with a method|per_task|one method comes first"
+    promotion = jax.numpy_rank_promotion("allow")
+    with promotion, pytest.raises(ValueError, match=remedy):
+        tx.update(STACKED, tx.init(PARAMS), PARAMS, losses=np.ones(T, np.float32))
+
+
+def test_checked_chains_are_the_same_chains():
+    chain = optax.chain(optax_mtl.linear(), optax.adamw(1e-3))
+    tx = optax_mtl.checked(chain)
+    out, state = tx.update(STACKED, tx.init(PARAMS), PARAMS)
+    expected = chain.update(STACKED, chain.init(PARAMS), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, (out, state), expected)
+
+
+@pytest.mark.parametrize("trunk", ["method", "forgotten"])
+def test_checked_chains_guard_flax_optimizers(trunk):
+    """``nnx.Optimizer`` would make a kernel (4, 1) one of (2, 4, 1)."""
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    first = optax_mtl.linear() if trunk == "method" else optax.identity()
+    tx = optax_mtl.checked(optax.chain(first, optax.sgd(0.1)))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(lambda p: jnp.stack([p, p]), nnx.state(model, nnx.Param))
+    if trunk == "forgotten":
+        with pytest.raises(ValueError, match=r"kernel.*\(2, 4, 1\).*begin the chain"):
+            optimizer.update(model, grads)
+    else:
+        optimizer.update(model, grads)
+    assert model.kernel.shape == (4, 1)
+
+
+def test_freezing():
+    """The frozen part stays, and takes no part in the Gram matrix."""
+    labels = {"w": "train", "b": "freeze"}
+    train = optax.chain(optax_mtl.inverse_norm(), optax.sgd(0.1))
+    freeze = optax.chain(optax_mtl.sum_tasks(), optax.set_to_zero())
+    tx = optax_mtl.checked(optax.partition({"train": train, "freeze": freeze}, labels))
+    _, updates = optax_mtl.value_and_task_grads(losses_fn)(PARAMS)
+    out, _ = tx.update(updates, tx.init(PARAMS), PARAMS)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), out["b"])
+    # The other way: what is frozen is no parameter.
+    frozen = lambda w, b: losses_fn({"w": w, "b": b})
+    resolve = optax_mtl.value_and_grad(frozen, train)
+    _, alone, _ = resolve(PARAMS["w"], resolve.init(PARAMS["w"]), PARAMS["b"])
+    np.testing.assert_allclose(out["w"], alone, rtol=1e-4, atol=1e-6)

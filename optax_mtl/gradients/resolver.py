@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optax_mtl import tasks
@@ -52,7 +51,7 @@ def resolve(
       ValueError: for a state of other shapes, before or after the update, and for
         results of other shapes.
     """
-    differing = _differing(jax.eval_shape(method.init, like), state)
+    differing = tasks.differing_shapes(jax.eval_shape(method.init, like), state)
     if differing:
         raise ValueError(
             f"the state is not the one of this method at these parameters: {differing};"
@@ -62,25 +61,5 @@ def resolve(
     if isinstance(resolved, tasks.GramView):
         resolved.refuse("this chain has no method that consumes the task axis: it")
     tasks.check_resolved(resolved, like)
-    differing = _differing(state, new_state)
-    if differing:
-        raise ValueError(
-            f"the update changes the state of the chain: {differing}. What comes before"
-            " the method sees the gradients of all tasks stacked: wrap it as"
-            " optax_mtl.per_task(tx, num_tasks), or put it after the method"
-        )
+    tasks.check_state_kept(state, new_state)
     return resolved, new_state
-
-
-def _differing(expected: Any, state: Any) -> str:
-    """The first leaf by which the second state differs from the first, if any."""
-    shapes_of = lambda tree: {
-        jax.tree_util.keystr(path): jnp.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    shapes, others = shapes_of(expected), shapes_of(state)
-    for path in shapes | others:
-        shape, other = shapes.get(path, "none"), others.get(path, "none")
-        if shape != other:
-            return f"state{path} has shape {other}, expected {shape}"
-    return ""

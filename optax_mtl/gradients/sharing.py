@@ -3,9 +3,8 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from optax_mtl import labels
+from optax_mtl import labels, tasks
 
 
 def split(tree: Any, shared: labels.Labels | None) -> tuple[Any, Any]:
@@ -15,12 +14,12 @@ def split(tree: Any, shared: labels.Labels | None) -> tuple[Any, Any]:
       TypeError: for leaves that are not floating point.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"the parameter params{jax.tree_util.keystr(path)} has dtype"
-                f" {jnp.result_type(leaf)}, which has no gradient; hand it to losses_fn"
-                " as another argument (with Flax NNX, split the model by nnx.Param)"
-            )
+        tasks.check_floating(
+            f"the parameter params{jax.tree_util.keystr(path)}",
+            leaf,
+            ", which has no gradient; hand it to losses_fn as another argument (with"
+            " Flax NNX, split the model by nnx.Param)",
+        )
     mask = labels.mask_of(tree, shared, "shared")
     pick = lambda keep: jax.tree.map(lambda x, m: x if m is keep else None, tree, mask)
     return pick(True), pick(False)
