@@ -17,7 +17,8 @@ returns updates with the shapes of the parameters, so it comes first in
 
 Most methods are a pure function from the Gram matrix, the losses and a small
 state to the weights of the tasks; the functions below make a transformation out
-of such a function. The others traverse the gradients with ``jax.tree.map``.
+of such a function. The others traverse the gradients with ``jax.tree.map`` and are
+made by :func:`from_coordinates`, which shows them real numbers only.
 """
 
 from collections.abc import Callable, Sequence

@@ -46,7 +46,23 @@ REST = {
         optax.sgd(0.1), every_k_schedule=2
     ).gradient_transformation(),
 }
+
+
+def every_other_step(method, other):
+    """One method or the other, inside ``jax.lax.cond``."""
+
+    def update(updates, step, params=None, **extra_args):
+        resolve = lambda method: method.update(updates, (), params, **extra_args)[0]
+        branches = (lambda: resolve(method)), (lambda: resolve(other))
+        return jax.lax.cond(step % 2 == 0, *branches), step + 1
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros([], jnp.int32), update
+    )
+
+
 HEADS = {
+    "cond": every_other_step(optax_mtl.inverse_norm(), optax_mtl.linear()),
     "smooth_weights": optax_mtl.smooth_weights(optax_mtl.inverse_norm(), T),
     "update_every": optax_mtl.update_every(optax_mtl.inverse_norm(), 2, T),
     "log_losses": optax.chain(optax_mtl.log_losses(), optax_mtl.inverse_norm()),

@@ -189,5 +189,5 @@ def test_spelling_of_methods(name):
     meant = {"PCGrad": "pcgrad", "pc-grad": "pcgrad", "MGDA": "mgda"}
     with pytest.raises(ValueError, match=meant.get(name, "nash_mtl")):
         optax_mtl.get(name, 2)
-    with pytest.raises(TypeError, match="did you mean 'key'"):
-        optax_mtl.get("pcgrad", 2, Key=3)
+    with pytest.raises(TypeError, match="did you mean 'c'"):
+        optax_mtl.get("cagrad", 2, C=0.5)

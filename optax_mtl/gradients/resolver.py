@@ -21,6 +21,8 @@ class Resolver:
     init: Callable[..., optax.OptState]  # Of the parameters, or of all arguments.
     value_and_grad: Callable[..., tuple[Any, optax.Updates, optax.OptState]]
 
+    __name__ = "value_and_grad"  # In profiles, as jax.jit calls the program.
+
     def __call__(
         self, params: optax.Params, state: optax.OptState, *args: Any, **kwargs: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
