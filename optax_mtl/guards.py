@@ -10,6 +10,12 @@ import optax
 from optax_mtl import base, tasks
 from optax_mtl.methods.baseline import linear
 
+_CONDITIONAL = (
+    optax.ApplyIfFiniteState,
+    optax.ConditionallyMaskState,
+    optax.ConditionallyTransformState,
+)
+
 
 def apply_if_finite(
     tx: optax.GradientTransformation, max_consecutive_errors: int
@@ -112,7 +118,17 @@ axis of every leaf
                 "checked compares the updates with the parameters: call"
                 " update(updates, state, params)"
             )
-        out, new_state = tx.update(updates, state, params, **extra_args)
+        try:
+            out, new_state = tx.update(updates, state, params, **extra_args)
+        except TypeError as error:
+            if isinstance(state, _CONDITIONAL):
+                error.add_note(
+                    "Around a chain that consumes the task axis, Optax's conditional"
+                    " wrappers fail, since without a step they return the gradients of"
+                    " the tasks: put them after the method, or take"
+                    " optax_mtl.apply_if_finite"
+                )
+            raise
         if isinstance(out, tasks.GramView):
             out.refuse("this chain has no method that consumes the task axis: it")
         tasks.check_resolved(out, params)

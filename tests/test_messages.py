@@ -130,6 +130,16 @@ MESSAGES = {
         lambda: update(optax.MultiSteps(CHAIN, 2).gradient_transformation()),
         "optax_mtl.multi_steps takes the place of",
     ),
+    "apply_if_finite of Optax around a chain": (
+        lambda: resolve(optax.apply_if_finite(CHAIN, 3), mode="stacked"),
+        "Optax's conditional wrappers fail.*optax_mtl.apply_if_finite",
+    ),
+    "conditionally_transform around a chain": (
+        lambda: update(
+            optax_mtl.checked(optax.conditionally_transform(CHAIN, lambda step: step))
+        ),
+        "put them after the method",
+    ),
     "two methods": (
         lambda: update(optax.chain(optax_mtl.linear(), upgrad())),
         "one method comes first in optax.chain, and no second",

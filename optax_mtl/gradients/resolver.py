@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_mtl import tasks
+from optax_mtl import guards, tasks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,9 +59,4 @@ def resolve(
             f"the state is not the one of this method at these parameters: {differing};"
             f" make it by {init_call}"
         )
-    resolved, new_state = method.update(updates, state, like, losses=losses)
-    if isinstance(resolved, tasks.GramView):
-        resolved.refuse("this chain has no method that consumes the task axis: it")
-    tasks.check_resolved(resolved, like)
-    tasks.check_state_kept(state, new_state)
-    return resolved, new_state
+    return guards.checked(method).update(updates, state, like, losses=losses)
