@@ -36,8 +36,7 @@ def labels_of(tree: Any, labels: Labels, name: str) -> Any:
     Raises:
       ValueError: if the labels have another structure.
     """
-    is_tree = not jax.tree_util.all_leaves([labels])
-    if callable(labels) and not (is_tree and _same_structure(labels, tree)):
+    if callable(labels) and jax.tree_util.all_leaves([labels]):
         labels = _call(labels, tree)
     try:
         return jax.tree.broadcast(labels, tree)
@@ -75,11 +74,6 @@ def mask_of(tree: Any, mask: Labels | None, name: str) -> Any:
 
     marks = labels_of(tree, True if mask is None else mask, name)
     return jax.tree_util.tree_map_with_path(as_bool, marks)
-
-
-def _same_structure(tree: Any, other: Any) -> bool:
-    structures = [str(jax.tree.structure(t)) for t in (tree, other)]
-    return structures[0] == structures[1]
 
 
 def _call(function: Callable[[Any], Any], tree: Any) -> Any:

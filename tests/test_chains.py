@@ -133,6 +133,17 @@ FORGOTTEN = {
     "adam before the method": optax.chain(optax.adam(1e-3), optax_mtl.upgrad()),
     "two methods": optax.chain(optax_mtl.gls(), optax_mtl.pcgrad()),
     "nothing for some": optax.masked(optax_mtl.upgrad(), {"w": True, "b": False}),
+    "stacked heads": optax.partition(
+        {"shared": optax_mtl.upgrad(), "heads": optax.identity()},
+        {"w": "shared", "b": "heads"},
+    ),
+    "Adam for the heads": optax.partition(
+        {"shared": optax_mtl.upgrad(), "heads": optax.adam(1e-3)},
+        {"w": "shared", "b": "heads"},
+    ),
+    "selective_transform": optax.selective_transform(
+        optax_mtl.upgrad(), freeze_mask={"w": False, "b": True}
+    ),
     "nothing for the frozen": optax.partition(
         {"train": optax_mtl.upgrad(), "freeze": optax.set_to_zero()},
         {"w": "train", "b": "freeze"},
@@ -192,8 +203,9 @@ def test_checked_chains_refuse_to_broadcast(name):
     tx = optax_mtl.checked(FORGOTTEN[name])
     remedy = "begin.* with a method|per_task|one method comes first"
     promotion = jax.numpy_rank_promotion("allow")
+    update = lambda *args: tx.update(*args, losses=jnp.ones(T))
     with promotion, pytest.raises(ValueError, match=remedy):
-        tx.update(STACKED, tx.init(PARAMS), PARAMS, losses=np.ones(T, np.float32))
+        jax.eval_shape(update, STACKED, tx.init(PARAMS), PARAMS)
 
 
 def test_checked_chains_are_the_same_chains():
