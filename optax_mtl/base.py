@@ -10,6 +10,7 @@ returns updates with the shapes of the parameters, so it comes first in
 * measures in float32 or better and returns the dtypes of the gradients;
 * treats a task whose gradient is exactly zero as absent: the other tasks get
   what they would get without it, and its own statistics stay as they are;
+* takes complex gradients, as JAX returns them, for pairs of real ones;
 * sees norms from 1e-15 to 1e15: in float32, smaller gradients lose digits when they
   are squared, from 1e-19 they vanish, and from 1e19 on they count as not finite
   (methods that square nothing see every float32 number);
@@ -20,7 +21,8 @@ returns updates with the shapes of the parameters, so it comes first in
 
 Most methods are a pure function from the Gram matrix, the losses and a small
 state to the weights of the tasks; the functions below make a transformation out
-of such a function. The others traverse the gradients with ``jax.tree.map``.
+of such a function. The others traverse the gradients with ``jax.tree.map`` and are
+made by :func:`from_coordinates`, which shows them real numbers only.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -142,6 +144,46 @@ def from_state(
         return update, keep_if(all_finite(update), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def from_coordinates(
+    init_fn: Callable[[optax.Params], Any],
+    update_fn: Callable[..., tuple[optax.Updates, Any]],
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method out of functions that go through the gradients by themselves.
+
+    The functions see a complex leaf as a real one whose last axis holds the real and
+    the imaginary part, so that they compare, sort and average real numbers only.
+
+    Args:
+      init_fn: as that of an Optax transformation.
+      update_fn: the same.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+    """
+
+    def init(params):
+        return init_fn(_complex_to_pairs(params))
+
+    def update(updates, state, params=None, **extra_args):
+        if isinstance(updates, tasks.GramView):
+            updates.refuse("this method")
+        out, state = update_fn(
+            _complex_to_pairs(updates), state, _complex_to_pairs(params), **extra_args
+        )
+        return jax.tree.map(_pairs_to_complex, updates, out), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _complex_to_pairs(tree: Any) -> Any:
+    split = lambda x: jnp.stack([x.real, x.imag], axis=-1)
+    return jax.tree.map(lambda x: split(x) if np.iscomplexobj(x) else x, tree)
+
+
+def _pairs_to_complex(like: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.complex(x[..., 0], x[..., 1]) if np.iscomplexobj(like) else x
 
 
 class MeasuredLossesState(NamedTuple):

@@ -59,7 +59,7 @@ def run(method, updates, state):
 def compiled(name, num_tasks=3):
     """The method, and its compiled step on updates and state."""
     method = optax_mtl.get(name, num_tasks)
-    return method, jax.jit(lambda updates, state: run(method, updates, state))
+    return method, compiled_fast(lambda updates, state: run(method, updates, state))
 
 
 # Matrices of gradients by their stationarity; constructions of Quinton and Rey,

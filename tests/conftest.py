@@ -1,10 +1,19 @@
 """Eight CPU devices, a compilation cache and strict shapes for all tests."""
 
+import importlib.metadata
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# Compiling takes the time of the tests: a quarter of it with XLA's older emitters and
+# without LLVM's optimizations. .ci/run sets flags of its own, and newer versions of
+# XLA, which have one kind of emitter, are tested as users compile.
+if importlib.metadata.version("jaxlib") < "0.11":
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    )
 
 import jax
 
@@ -14,4 +23,5 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# The number of programs decides the time of the tests, so small ones are kept, too.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -68,8 +68,8 @@ def test_unknown_name():
 
 
 def test_unknown_option():
-    with pytest.raises(TypeError, match="no option 'C'; known are c, preference"):
-        optax_mtl.get("cagrad", 2, C=0.5)
+    with pytest.raises(TypeError, match="no option 'radius'; known are c, preference"):
+        optax_mtl.get("cagrad", 2, radius=0.5)
     with pytest.raises(TypeError, match="did you mean 'num_byzantine'"):
         optax_mtl.get("krum", 5, num_byzantin=1)
     with pytest.raises(TypeError, match="gls has no option 'c'; known are none"):

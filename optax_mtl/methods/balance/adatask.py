@@ -52,4 +52,5 @@ def adatask(
     base.check_range("b1", b1, "[0, 1)")
     base.check_range("b2", b2, "[0, 1)")
     base.check_range("eps", eps, "[0, inf)")
-    return optax.chain(per_task(optax.scale_by_adam(b1, b2, eps), num_tasks), linear())
+    adam = optax.scale_by_adam(b1, b2, eps)
+    return base.from_coordinates(*optax.chain(per_task(adam, num_tasks), linear()))

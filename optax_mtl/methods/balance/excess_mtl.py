@@ -112,7 +112,7 @@ def excess_mtl(
         )
         return out, base.keep_if(base.all_finite(out), new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return base.from_coordinates(init, update)
 
 
 def excess_mtl_weights(logits: jax.Array, exists: jax.Array) -> jax.Array:

@@ -160,7 +160,7 @@ def sam_gs(
         out = jax.tree.map(resolve, updates, momentum)
         return out, base.keep_if(base.all_finite(out), new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return base.from_coordinates(init_fn, update_fn)
 
 
 def magnitude_similarity(
