@@ -487,8 +487,9 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """
     check_static(name, value)
     if np.ndim(value) or value not in list(choices):
-        listed = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} is {value!r}; it should be one of {listed}")
+        *others, last = map(repr, choices)
+        listed = f"{', '.join(others)} or {last}"
+        raise ValueError(f"{name} is {value!r}; it should be {listed}")
 
 
 def check_function(name: str, value: Any) -> None:

@@ -188,6 +188,7 @@ OTHERS = {
         "one_task_each": FLAG,
     },
     "apply_if_finite": {"max_consecutive_errors": COUNT_FROM_0},
+    "checked": {},
     "eagc": {"strength": AT_LEAST_0, "anchor": AT_LEAST_0},
     "log_losses": {"min_losses": FINITE},
     "multi_steps": {"every_k": COUNT, "num_tasks": COUNT, "one_task_each": FLAG},
@@ -296,7 +297,7 @@ def test_the_range_and_the_value_are_in_the_error():
         optax_mtl.adatask(2, b1=1)
     with pytest.raises(ValueError, match="k is 0; it should be an integer of at lea"):
         optax_mtl.update_every(optax_mtl.linear(), 0, 2)
-    with pytest.raises(ValueError, match="order is 'up'; it should be one of 'rand"):
+    with pytest.raises(ValueError, match="order is 'up'; it should be 'random' or"):
         optax_mtl.pcgrad(order="up")
 
 
@@ -308,8 +309,10 @@ def test_keys_of_every_kind_are_taken():
     optax_mtl.pcgrad(jax.random.key_data(jax.random.key(3))).init(None)
 
 
-def test_no_tasks_and_losses_of_text():
+def test_no_tasks_and_text():
     method = optax_mtl.upgrad()
+    with pytest.raises(TypeError, match=r"updates\['w'\] is 'ab', which is no array"):
+        method.update({"w": "ab"}, method.init(None))
     with pytest.raises(ValueError, match="no task"):
         method.update(jnp.zeros((0, 3)), method.init(None))
     loss_method = optax_mtl.gls()

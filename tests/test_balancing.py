@@ -217,7 +217,9 @@ def test_pbi_on_the_ray_has_no_penalty():
 
 
 def test_stch_refuses():
-    with pytest.raises(ValueError, match="no objective 'sum'"):
+    with pytest.raises(
+        ValueError, match="objective is 'sum'; it should be 'log' or 'linear'"
+    ):
         optax_mtl.stch(2, objective="sum")
     with pytest.raises(ValueError, match="objective='linear'"):
         optax_mtl.stch(2, preference=jnp.ones(2))

@@ -115,7 +115,7 @@ class TestPriorityProjection:
         np.testing.assert_allclose(actual, expected, rtol=1e-9)
 
     def test_says_what_is_wrong(self):
-        with pytest.raises(ValueError, match="gated, always, cone"):
+        with pytest.raises(ValueError, match="'gated', 'always' or 'cone'"):
             optax_mtl.priority_projection(mode="never")
         with pytest.raises(ValueError, match="each task once"):
             optax_mtl.priority_projection([0, 0, 1])
@@ -268,7 +268,7 @@ class TestMetaBalance:
         np.testing.assert_allclose(update, factors * norms, rtol=1e-6)
 
     def test_says_what_is_wrong(self):
-        with pytest.raises(ValueError, match="choose one of both, reduce, enlarge"):
+        with pytest.raises(ValueError, match="'both', 'reduce' or 'enlarge'"):
             optax_mtl.metabalance(2, strategy="A")
 
     def test_without_relaxation_is_the_plain_sum(self):
@@ -394,7 +394,7 @@ class TestPCD:
 )
 @pytest.mark.parametrize("primary", [-1, 3])
 def test_primary_task_exists(name, primary):
-    with pytest.raises(ValueError, match=f"primary={primary} .* from 0 to 2"):
+    with pytest.raises(ValueError, match=f"primary={primary} .* from 0"):
         apply(optax_mtl.get(name, 3, primary=primary), J3)
 
 
