@@ -122,7 +122,7 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
 
     def resolved(losses_fn, method, **kwargs):
         fn = optax_mtl.value_and_grad(losses_fn, method, shared=shared, **kwargs)
-        return fn, method
+        return fn, fn
 
     def plain(params, state, *batch):
         loss, grads = jax.value_and_grad(sum_fn)(params, *batch)
@@ -148,7 +148,7 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
         "Gram only, jax.checkpoint": resolved(jax.checkpoint(losses_fn), by_gram),
         "at features": (
             optax_mtl.value_and_grad_at_features(trunk_fn, heads_fn, by_gram),
-            by_gram,
+            by_gram,  # Without a state that would have the size of the features.
         ),
         "losses only": resolved(losses_fn, by_losses),
     }
@@ -164,14 +164,16 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
     return {name: make_step(*way, tx) for name, way in ways.items()}
 
 
-def make_step(resolve, method, tx):
+def make_step(resolve, start, tx):
+    """A step, and its first state by ``start.init`` and ``tx.init``."""
+
     def step(params, state, *batch):
         losses, grads, method_state = resolve(params, state[0], *batch)
         updates, tx_state = tx.update(grads, state[1], params)
         params = optax_mtl.apply_updates(params, updates)
         return params, (method_state, tx_state), losses
 
-    init = lambda params: (method.init(params), tx.init(params))
+    init = lambda params: (start.init(params), tx.init(params))
     return jax.jit(step), init
 
 

@@ -277,7 +277,7 @@ losses, grads = optax_mtl.value_and_task_grads(task_losses)(params, batch)
 stacked, _ = method.update(grads, method.init(params))
 
 small = optax_mtl.value_and_grad(task_losses, method)
-losses, lean, _ = small(params, method.init(params), batch)
+losses, lean, _ = small(params, small.init(params), batch)
 difference = optax.tree.norm(optax.tree.sub(stacked, lean)) / optax.tree.norm(stacked)
 print(f"relative difference: {difference:.1e}")
 assert difference < 1e-4

@@ -23,6 +23,7 @@ from optax_mtl.gradients.resolved import value_and_grad as value_and_grad
 from optax_mtl.gradients.stacked import value_and_task_grads as value_and_task_grads
 from optax_mtl.guards import apply_if_finite as apply_if_finite
 from optax_mtl.guards import apply_updates as apply_updates
+from optax_mtl.guards import checked as checked
 from optax_mtl.guards import mean_tasks as mean_tasks
 from optax_mtl.guards import sum_tasks as sum_tasks
 from optax_mtl.guards import zero_nonfinite as zero_nonfinite

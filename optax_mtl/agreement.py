@@ -107,6 +107,8 @@ def scale_by_agreement(
         if count is None:
             return updates, state
         gram = tasks.gram(updates)
+        if isinstance(updates, tasks.GramView):  # Computed once for the chain as well.
+            updates = tasks.GramView(count, lambda: gram, updates.combine)
         now = tasks.conflicts(gram).alignment
         if measure == "cosine":
             now = mean_cosine(gram)

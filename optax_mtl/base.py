@@ -10,6 +10,7 @@ returns updates with the shapes of the parameters, so it comes first in
 * measures in float32 or better and returns the dtypes of the gradients;
 * treats a task whose gradient is exactly zero as absent: the other tasks get
   what they would get without it, and its own statistics stay as they are;
+* takes complex gradients, as JAX returns them, for pairs of real ones;
 * returns non-finite updates for non-finite gradients and then leaves its state
   as it was, so that :func:`optax.apply_if_finite` may skip the step;
 * raises at trace time for updates that are not stacked gradients.
@@ -140,6 +141,46 @@ def from_state(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def from_coordinates(
+    init_fn: Callable[[optax.Params], Any],
+    update_fn: Callable[..., tuple[optax.Updates, Any]],
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method out of functions that go through the gradients by themselves.
+
+    The functions see a complex leaf as a real one whose last axis holds the real and
+    the imaginary part, so that they compare, sort and average real numbers only.
+
+    Args:
+      init_fn: as that of an Optax transformation.
+      update_fn: the same.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+    """
+
+    def init(params):
+        return init_fn(_complex_to_pairs(params))
+
+    def update(updates, state, params=None, **extra_args):
+        if isinstance(updates, tasks.GramView):
+            updates.refuse("this method")
+        out, state = update_fn(
+            _complex_to_pairs(updates), state, _complex_to_pairs(params), **extra_args
+        )
+        return jax.tree.map(_pairs_to_complex, updates, out), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _complex_to_pairs(tree: Any) -> Any:
+    split = lambda x: jnp.stack([x.real, x.imag], axis=-1)
+    return jax.tree.map(lambda x: split(x) if np.iscomplexobj(x) else x, tree)
+
+
+def _pairs_to_complex(like: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.complex(x[..., 0], x[..., 1]) if np.iscomplexobj(like) else x
+
+
 class MeasuredLossesState(NamedTuple):
     """State of a method that measures its reference losses first."""
 
@@ -266,12 +307,19 @@ def check_preference(preference: jax.typing.ArrayLike | None) -> jax.Array | Non
     """Validates a preference over the tasks: at least 0, not all 0.
 
     Raises:
+      TypeError: for something else than numbers.
       ValueError: for a negative entry, more than one axis, or zeros only.
     """
     if preference is None:
         return None
     if not isinstance(preference, jax.core.Tracer):
         values = np.asarray(preference)
+        if values.dtype.kind not in "biuf":
+            raise TypeError(
+                f"preference {preference!r} should be one number, or an array of one"
+                " for each task, in the order of the losses (a dict of losses: sorted"
+                " by name)"
+            )
         if values.ndim > 1 or not np.all(values >= 0) or not np.any(values):
             raise ValueError(
                 f"preference {values} should hold one number of at least 0 for each"

@@ -45,6 +45,10 @@ def apply_if_finite(
         return optax.apply_if_finite(tx, max_consecutive_errors).init(params)
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
+        if isinstance(updates, tasks.GramView):
+            updates.refuse(
+                "apply_if_finite (optax.apply_if_finite after the method does not)"
+            )
         finite = base.all_finite((updates, losses))
         increment = optax.safe_increment
         count = jnp.where(finite, 0, increment(state.notfinite_count))
@@ -64,6 +68,58 @@ def apply_if_finite(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def checked(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The same chain, refusing whatever would broadcast the parameters.
+
+    Where a method is forgotten, or does not see all gradients, as inside
+    :func:`optax.masked` or beside :func:`optax.identity` and
+    :func:`optax.set_to_zero` in :func:`optax.partition`, updates keep their task axis;
+    Flax's optimizers and :func:`optax.apply_updates` then broadcast the parameters
+    silently. Where Adam stands before the method, its state does. The shapes tell, so
+    that checking costs nothing once a step is compiled.
+
+    Args:
+      tx: a chain that consumes the task axis.
+
+    Returns:
+      A gradient transformation with the updates and the state of ``tx``.
+
+    Raises:
+      ValueError: at the update, if the updates have other shapes than the parameters,
+        without parameters, and if the state changes its shapes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_mtl
+      >>> forgotten = optax_mtl.checked(optax.sgd(1e-3))
+      >>> params = {"w": jnp.zeros(3)}
+      >>> forgotten.update({"w": jnp.ones((2, 3))}, forgotten.init(params), params)
+      Traceback (most recent call last):
+      ...
+      ValueError: the update of params['w'] has shape (2, 3), the parameter (3,): \
+begin the chain with a method, such as optax_mtl.linear(), which consumes the task \
+axis of every leaf
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(
+                "checked compares the updates with the parameters: call"
+                " update(updates, state, params)"
+            )
+        out, new_state = tx.update(updates, state, params, **extra_args)
+        if isinstance(out, tasks.GramView):
+            out.refuse("this chain has no method that consumes the task axis: it")
+        tasks.check_resolved(out, params)
+        tasks.check_state_kept(state, new_state)
+        return out, new_state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def zero_outputs(step: Callable[[], Any], updates: optax.Updates) -> optax.Updates:
@@ -95,7 +151,7 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if tasks.check_stacked(updates, params) is None:
+        if tasks.check_stacked(updates, params, reader="zero_nonfinite") is None:
             return updates, state
         finite_entries = lambda g: jnp.isfinite(g).all(axis=tuple(range(1, g.ndim)))
         finite = jnp.stack(jax.tree.leaves(jax.tree.map(finite_entries, updates)))
@@ -153,7 +209,9 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     """Adds updates to the parameters, and refuses to broadcast.
 
     Without a method in the chain the updates keep their task axis, and
-    :func:`optax.apply_updates` would broadcast the parameters to it silently.
+    :func:`optax.apply_updates`, or ``equinox.apply_updates``, would broadcast the
+    parameters to it silently. Trainers that call those themselves take
+    :func:`checked` chains.
 
     Args:
       params: parameters.
@@ -172,17 +230,9 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
       Traceback (most recent call last):
       ...
       ValueError: the update of params['w'] has shape (2, 3), the parameter (3,): \
-begin the chain with a method, such as optax_mtl.linear(), which consumes the task axis
+begin the chain with a method, such as optax_mtl.linear(), which consumes the task \
+axis of every leaf
     """
 
-    def check(path, param, update):
-        if update is not None and jnp.shape(update) != jnp.shape(param):
-            raise ValueError(
-                f"the update of params{jax.tree_util.keystr(path)} has shape"
-                f" {jnp.shape(update)}, the parameter {jnp.shape(param)}: begin the"
-                " chain with a method, such as optax_mtl.linear(), which consumes the"
-                " task axis"
-            )
-
-    jax.tree_util.tree_map_with_path(check, params, updates)
+    tasks.check_resolved(updates, params)
     return optax.apply_updates(params, updates)

@@ -17,12 +17,16 @@ class GramView:
 
     Stands for stacked updates wherever a method reads nothing but inner
     products: :func:`gram` returns the matrix, :func:`combine` returns the
-    weights. Anything else is an error, since there are no gradients in it.
+    weights, or the gradient that they make. Anything else is an error, since
+    there are no gradients in it.
 
     Args:
       num_tasks: number of tasks, T.
       compute: returns the Gram matrix, shape ``(T, T)``. Called when a method
         asks for the matrix, and not at all by one that does not.
+      combine: maps weights, shape ``(T,)``, to the weighted sum of the gradients,
+        so that what follows a method in a chain receives a gradient. By default
+        the weights take its place.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -34,22 +38,32 @@ class GramView:
       [0.6 0.4]
     """
 
-    def __init__(self, num_tasks: int, compute: Callable[[], jax.Array]):
+    def __init__(
+        self,
+        num_tasks: int,
+        compute: Callable[[], jax.Array],
+        combine: Callable[[jax.Array], optax.Updates] | None = None,
+    ):
         self.num_tasks = num_tasks
         self.compute = compute
+        self.combine = combine or (lambda weights: weights)
 
-    def refuse(self, *_: Any) -> NoReturn:
+    def refuse(self, reader: str = "this chain") -> NoReturn:
         """Raises the error that names the way to the gradients themselves."""
         raise TypeError(
-            "this method reads the task gradients themselves, but only their Gram"
-            " matrix is known here; obtain them with"
-            " optax_mtl.value_and_task_grads, or choose a method whose row in"
-            " optax_mtl.METHODS reads 'gram' or 'losses'"
+            f"{reader} reads the task gradients themselves, but only their Gram matrix"
+            " is known here: a chain begins with a method whose row in"
+            " optax_mtl.METHODS reads 'gram' or 'losses', and nothing in front of it"
+            " or around it reads gradients. For any other chain give"
+            " optax_mtl.value_and_grad mode='stacked', or obtain the gradients with"
+            " optax_mtl.value_and_task_grads"
         )
 
 
 # Whatever maps over the leaves of the updates meets the error.
-jax.tree_util.register_pytree_node(GramView, GramView.refuse, GramView.refuse)
+jax.tree_util.register_pytree_node(
+    GramView, GramView.refuse, lambda _, parts: GramView(*parts)
+)
 
 
 def check_stacked(
@@ -58,6 +72,7 @@ def check_stacked(
     num_tasks: int | None = None,
     *,
     gram_suffices: bool = False,
+    reader: str = "this method",
 ) -> int | None:
     """Validates stacked task gradients at trace time and counts the tasks.
 
@@ -66,6 +81,7 @@ def check_stacked(
       params: parameters, leaves of shape ``p``; ``None`` skips that comparison.
       num_tasks: the T that the method was made for, if it has state.
       gram_suffices: whether a :class:`GramView` will do.
+      reader: who reads the gradients, for the error about one.
 
     Returns:
       T; ``None`` for a group of :func:`optax.partition` that holds no leaf.
@@ -78,7 +94,7 @@ def check_stacked(
         ``num_tasks``.
     """
     if isinstance(updates, GramView) and not gram_suffices:
-        updates.refuse()
+        updates.refuse(reader)
     is_view = isinstance(updates, GramView)
     found = updates.num_tasks if is_view else _count_tasks(updates, params)
     if num_tasks is not None and found not in (None, num_tasks):
@@ -102,33 +118,113 @@ def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | N
     (first_path, first), *_ = leaves
     shape_of = lambda path, x: f"updates{jax.tree_util.keystr(path)} {jnp.shape(x)}"
     for path, leaf in leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"{shape_of(path, leaf)} has dtype {jnp.result_type(leaf)}: gradients"
-                " are floating point; differentiate with respect to floating-point"
-                " parameters only"
-            )
+        check_floating(
+            f"updates{jax.tree_util.keystr(path)}",
+            leaf,
+            ": gradients are floating point; differentiate with respect to"
+            " floating-point parameters only",
+        )
+    if params is not None:
+        jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
+    for path, leaf in leaves:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != jnp.shape(first)[0]:
             raise ValueError(
                 f"every leaf needs the same leading task axis, but"
                 f" {shape_of(path, leaf)} and {shape_of(first_path, first)} differ or"
                 " have none; stack the gradients of the tasks, for example with"
-                " optax_mtl.value_and_task_grads (heads that are not stacked are"
-                " routed around the method by optax.partition)"
+                " optax_mtl.value_and_task_grads. Of gradients with heads that are not"
+                " stacked, measure the shared part alone, as in"
+                " optax_mtl.gram(grads['trunk']); in a chain, optax.partition routes"
+                " the heads around the method"
             )
-    if params is not None:
-        jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
     return jnp.shape(first)[0]
 
 
 def _check_leaf(path: tuple[Any, ...], update: jax.Array, param: jax.Array) -> None:
-    if jnp.shape(update)[1:] != jnp.shape(param):
+    if jnp.ndim(update) == 0 or jnp.shape(update)[1:] != jnp.shape(param):
         raise ValueError(
             f"updates{jax.tree_util.keystr(path)} has shape {jnp.shape(update)}, but"
             f" the parameter has shape {jnp.shape(param)}: expected the gradients of"
             f" T tasks, (T, *{jnp.shape(param)}), for example from"
-            " optax_mtl.value_and_task_grads; the method comes first in optax.chain"
+            " optax_mtl.value_and_task_grads; one method comes first in optax.chain,"
+            " and no second (around a chain, optax_mtl.multi_steps takes the place of"
+            " optax.MultiSteps)"
         )
+
+
+def check_resolved(updates: optax.Updates, params: optax.Params) -> None:
+    """Validates at trace time that updates may be added to the parameters.
+
+    Args:
+      updates: what a chain returned; ``None`` for a leaf is no update.
+      params: parameters.
+
+    Raises:
+      ValueError: if the structure or a shape differs, or an update is complex where
+        the parameter is real.
+    """
+
+    def check(path, param, update):
+        if update is not None and jnp.shape(update) != jnp.shape(param):
+            raise ValueError(
+                f"the update of params{jax.tree_util.keystr(path)} has shape"
+                f" {jnp.shape(update)}, the parameter {jnp.shape(param)}: begin the"
+                " chain with a method, such as optax_mtl.linear(), which consumes the"
+                " task axis of every leaf"
+            )
+        if jnp.iscomplexobj(update) and not jnp.iscomplexobj(param):
+            raise ValueError(
+                f"the update of params{jax.tree_util.keystr(path)} is complex, the"
+                " parameter is real"
+            )
+
+    jax.tree_util.tree_map_with_path(check, params, updates)
+
+
+def check_state_kept(state: optax.OptState, new_state: optax.OptState) -> None:
+    """Validates at trace time that an update keeps the shapes of the state.
+
+    Raises:
+      ValueError: if the shape of a leaf changed, as where Adam stands before a method.
+    """
+    differing = differing_shapes(state, new_state)
+    if differing:
+        raise ValueError(
+            f"the update changes the state of the chain: {differing}. What comes before"
+            " the method sees the gradients of all tasks stacked: wrap it as"
+            " optax_mtl.per_task(tx, num_tasks), or put it after the method"
+        )
+
+
+def differing_shapes(state: optax.OptState, other: optax.OptState) -> str:
+    """The first leaf by which the second state differs from the first, if any."""
+    shapes_of = lambda tree: {
+        jax.tree_util.keystr(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    shapes, others = shapes_of(state), shapes_of(other)
+    for path in shapes | others:
+        shape, found = shapes.get(path, "none"), others.get(path, "none")
+        if shape != found:
+            return f"state{path} has shape {found}, expected {shape}"
+    return ""
+
+
+def check_floating(where: str, leaf: Any, remedy: str) -> None:
+    """Validates that a leaf is an array of floating-point or complex numbers.
+
+    Raises:
+      TypeError: if it is not.
+    """
+    if not hasattr(leaf, "dtype") and not isinstance(leaf, (int, float, complex)):
+        raise TypeError(
+            f"{where} is {leaf!r}, which is no array: split the tree, and hand the rest"
+            " to losses_fn as another argument (with Equinox,"
+            " eqx.partition(model, eqx.is_inexact_array); with Flax NNX, nnx.split by"
+            " nnx.Param)"
+        )
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        raise TypeError(f"{where} has dtype {jnp.result_type(leaf)}{remedy}")
 
 
 def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
@@ -143,7 +239,7 @@ def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
       The losses, in float32 or better.
 
     Raises:
-      TypeError: if ``losses`` is ``None``.
+      TypeError: if ``losses`` is ``None`` or complex.
       ValueError: if the shape is another.
     """
     if losses is None:
@@ -155,6 +251,11 @@ def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
     leaves = jax.tree.leaves(losses)
     vector = leaves[0] if len(leaves) == 1 and jnp.ndim(leaves[0]) else leaves
     vector = jnp.asarray(vector)
+    if jnp.iscomplexobj(vector):
+        raise TypeError(
+            f"losses have dtype {vector.dtype}, but only real numbers can be minimised:"
+            " take the real part or the absolute value"
+        )
     if vector.ndim != 1 or num_tasks not in (None, len(vector)):
         raise ValueError(
             f"losses have shape {vector.shape}, expected one scalar for each of the"
@@ -272,8 +373,8 @@ def combine(weights: jax.Array, updates: optax.Updates) -> optax.Updates:
         :class:`GramView`.
 
     Returns:
-      Tree with leaves of shape ``p`` and the dtypes of the gradients; the
-      weights themselves for a :class:`GramView`.
+      Tree with leaves of shape ``p`` and the dtypes of the gradients; for a
+      :class:`GramView`, what its ``combine`` makes of the weights.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -282,8 +383,15 @@ def combine(weights: jax.Array, updates: optax.Updates) -> optax.Updates:
       >>> print(optax_mtl.combine(jnp.array([0.5, 0.25]), updates))
       [-0.5   0.75  0.75]
     """
-    if isinstance(updates, GramView):
-        return weights
+    is_view = isinstance(updates, GramView)
+    count = updates.num_tasks if is_view else check_stacked(updates)
+    if count is not None and jnp.shape(weights) != (count,):
+        raise ValueError(
+            f"expected one weight for each of the {count} tasks, shape ({count},), got"
+            f" weights of shape {jnp.shape(weights)}"
+        )
+    if is_view:
+        return updates.combine(weights)
 
     def combine_leaf(x):
         # Low-precision gradients are summed in the precision of the weights.
@@ -313,6 +421,7 @@ def cosine_similarity(gram: jax.Array) -> jax.Array:
       [[ 1.    -0.841]
        [-0.841  1.   ]]
     """
+    _check_gram(gram, "cosine_similarity")
     norms = jnp.sqrt(jnp.diagonal(gram))
     # Exactly zero where a task is absent, hence safe to divide by elsewhere.
     inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
@@ -353,6 +462,7 @@ def conflicts(gram: jax.Array) -> Conflicts:
       Yu et al, `Gradient Surgery for Multi-Task Learning
       <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020, for conflicting pairs.
     """
+    _check_gram(gram, "conflicts")
     exists = present(gram)
     cosines = cosine_similarity(gram)
     pairs = jnp.outer(exists, exists) & ~jnp.eye(len(gram), dtype=bool)
@@ -371,6 +481,17 @@ def conflicts(gram: jax.Array) -> Conflicts:
     )
 
 
+def _check_gram(gram: Any, name: str) -> None:
+    """Refuses gradients where their Gram matrix is meant."""
+    shape = getattr(gram, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != shape[1]:
+        raise TypeError(
+            f"{name} takes a Gram matrix, shape (T, T), got shapes"
+            f" {jax.tree.map(jnp.shape, gram)}: call"
+            f" optax_mtl.{name}(optax_mtl.gram(updates))"
+        )
+
+
 def along_tasks(vector: jax.typing.ArrayLike, like: jax.Array) -> jax.Array:
     """One number for each task, ``(T,)``, as an array to multiply a stacked leaf by."""
     return jnp.expand_dims(vector, tuple(range(1, like.ndim)))
@@ -384,5 +505,11 @@ def has_gradient(updates: optax.Updates) -> jax.Array:
 
 def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
     """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
+    if isinstance(updates, GramView):
+        return GramView(
+            updates.num_tasks,
+            lambda: jnp.outer(factors, factors) * gram(updates),
+            lambda weights: combine(factors * weights, updates),
+        )
     scale = lambda x: (along_tasks(factors, x) * x).astype(x.dtype)
     return jax.tree.map(scale, updates)

@@ -1,13 +1,13 @@
 """Transformations around a method or around a whole chain."""
 
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
+from optax_mtl.labels import Labels, labels_of, mask_of
 
 
 def per_task(
@@ -54,7 +54,8 @@ def per_task(
         return jax.vmap(lambda _: tx.init(params))(jnp.arange(num_tasks))
 
     def update(updates, state, params=None, **extra_args):
-        if tasks.check_stacked(updates, params, num_tasks) is None:
+        count = tasks.check_stacked(updates, params, num_tasks, reader="per_task")
+        if count is None:
             return updates, state
         exists = tasks.has_gradient(updates)
         update_one = lambda exists, g, s: base.update_if(
@@ -98,7 +99,7 @@ def log_losses(
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
         del extra_args
-        count = tasks.check_stacked(updates, params)
+        count = tasks.check_stacked(updates, params, gram_suffices=True)
         if count is None:
             return updates, state
         above = base.losses_above(tasks.stack_losses(losses, count), min_losses)
@@ -290,7 +291,7 @@ def update_every(
 
 def per_group(
     method: optax.GradientTransformationExtraArgs,
-    labels: Callable[[str], Hashable] | Any,
+    labels: Labels,
 ) -> optax.GradientTransformationExtraArgs:
     """Applies a method to each group of parameters on its own: a layer, a block.
 
@@ -299,8 +300,9 @@ def per_group(
 
     Args:
       method: any method.
-      labels: the name of the group of each parameter: a tree of names, or a
-        function of the path of the parameter, such as ``"encoder/layer_1/kernel"``.
+      labels: the name of the group of each parameter: a tree of names, a function of
+        the path of a parameter, such as ``"encoder/layer_1/kernel"``, or one of the
+        parameters to such a tree.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -316,19 +318,16 @@ def per_group(
     """
 
     def partition(tree):
-        names = labels
-        if callable(labels):
-            name = lambda path, _: labels(
-                jax.tree_util.keystr(path, simple=True, separator="/")
-            )
-            names = jax.tree_util.tree_map_with_path(name, tree)
-        return optax.partition(dict.fromkeys(jax.tree.leaves(names), method), names)
+        names = labels_of(tree, labels, "labels")
+        methods = dict.fromkeys(jax.tree.leaves(names), method)
+        return optax.partition(methods, lambda _: names)
 
     def init(params):
         return partition(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
-        tasks.check_stacked(updates, params)
+        reader = "per_group measures one Gram matrix for each group, it"
+        tasks.check_stacked(updates, params, reader=reader)
         return partition(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -338,7 +337,7 @@ def with_sharded_parameters(
     method: optax.GradientTransformationExtraArgs,
     axis_name: str | tuple[str, ...],
     *,
-    sharded: Any | None = None,
+    sharded: Labels | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Makes a method exact where :func:`jax.shard_map` splits the parameters.
 
@@ -353,8 +352,9 @@ def with_sharded_parameters(
       method: any method that makes its weights from inner products or losses; not
         from the gradients themselves.
       axis_name: axis of the mesh, or axes, over which the parameters are split.
-      sharded: which parameters are split, a mask as in :func:`optax.masked`; the
-        others must be equal on all devices. ``None``: all.
+      sharded: which parameters are split: a tree of bools, a function of the path of
+        a parameter, or one of the parameters to such a tree; the others must be equal
+        on all devices. ``None``: all.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -379,13 +379,13 @@ def with_sharded_parameters(
     """
 
     def update(updates, state, params=None, **extra_args):
-        count = tasks.check_stacked(updates, params)
+        reader = "with_sharded_parameters"
+        count = tasks.check_stacked(updates, params, reader=reader)
         if count is None:
             return updates, state
 
         def compute():
-            mask = sharded(updates) if callable(sharded) else sharded
-            mask = jax.tree.broadcast(True if mask is None else mask, updates)
+            mask = mask_of(updates, sharded, "sharded")
             leaves = list(zip(jax.tree.leaves(updates), jax.tree.leaves(mask)))
             split = [x for x, is_split in leaves if is_split]
             whole = [x for x, is_split in leaves if not is_split]

@@ -1,7 +1,7 @@
 """What a row of the catalog says."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -54,9 +54,11 @@ def row(
     )
 
 
-def hint(name: str, known: Iterable[str]) -> str:
+def hint(name: str, known: Collection[str]) -> str:
     """What the user may have meant."""
-    close = get_close_matches(name, known, n=1)
+    plain = lambda text: text.lower().replace("_", "").replace("-", "")
+    by_plain_name = {plain(text): text for text in known}
+    close = get_close_matches(plain(name), by_plain_name, n=1)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {by_plain_name[close[0]]!r}?"
     return f"known are {', '.join(sorted(known)) or 'none'}"

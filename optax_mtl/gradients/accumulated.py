@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import guards, tasks
-from optax_mtl.gradients.backward import stack_task_losses
-from optax_mtl.gradients.sharing import Mask, mask_of, merge, split
+from optax_mtl.gradients.backward import stack_task_losses, take_aux
+from optax_mtl.gradients.sharing import merge, split
+from optax_mtl.labels import Labels, mask_of
 
 
 def accumulate_task_grads(
@@ -18,7 +19,7 @@ def accumulate_task_grads(
     num_microbatches: int,
     *,
     has_aux: bool = False,
-    shared: Mask | Callable[[optax.Params], Mask] | None = None,
+    shared: Labels | None = None,
     one_task_each: bool = False,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Callable[..., tuple[Any, optax.Updates]]:
@@ -84,7 +85,7 @@ def accumulate_task_grads(
         batches = jax.tree.map(lambda x: _split_batch(x, num_microbatches), args)
         first = jax.tree.map(lambda x: x[0], batches)
         like = jax.eval_shape(losses_fn, params, *first, **kwargs)
-        like = like[0] if has_aux else like
+        like, _ = take_aux(like, has_aux)
         num_tasks = jax.eval_shape(stack_task_losses, like).size
         per_task = num_microbatches
         if one_task_each:
@@ -163,7 +164,7 @@ def multi_steps(
     every_k: int,
     num_tasks: int,
     *,
-    shared: Mask | Callable[[optax.Params], Mask] | None = None,
+    shared: Labels | None = None,
     one_task_each: bool = False,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -230,7 +231,9 @@ def multi_steps(
         )
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
-        mask = mask_of(updates if params is None else params, shared)
+        if isinstance(updates, tasks.GramView):
+            updates.refuse("multi_steps, which accumulates them,")
+        mask = mask_of(updates if params is None else params, shared, "shared")
         (shared_part, heads), (totals, head_totals) = (
             split(tree, mask) for tree in (updates, state.acc_grads)
         )

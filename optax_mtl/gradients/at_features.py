@@ -1,6 +1,7 @@
 """Conflicts resolved at the features of a shared trunk."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ from optax_mtl.gradients.backward import (
     MAX_WRITTEN_OUT_HEADS,
     pull_back_each,
     separate_losses,
+    take_aux,
 )
+from optax_mtl.gradients.resolver import Resolver, resolve
 from optax_mtl.gradients.sharing import split
 
 
@@ -23,7 +26,7 @@ def value_and_grad_at_features(
     has_aux: bool = False,
     *,
     sum_batch: bool = False,
-) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
+) -> Resolver:
     r"""Makes a function that resolves conflicts at the features of a shared trunk.
 
     .. math::
@@ -41,7 +44,7 @@ def value_and_grad_at_features(
         or a tree of arrays.
       heads_fn: maps the parameters, the features and the same further arguments to
         the losses, as in :func:`value_and_task_grads`.
-      method: any method.
+      method: any method, or a chain that begins with one, at the features.
       has_aux: whether both functions return a pair, with auxiliary data second.
       sum_batch: whether to measure the gradients after summing them over the
         leading axis of the features, the examples. The weights apply to each
@@ -49,15 +52,17 @@ def value_and_grad_at_features(
         losses.
 
     Returns:
-      A function of the parameters, the state of the method and further arguments
-      that returns ``(losses, grads, state)``, or ``((losses, aux), grads, state)``
-      where ``aux`` is the pair of what the trunk and the heads returned. A method
-      whose state has the size of what it resolves is initialised by the features.
+      A function of the parameters, the state and further arguments that returns
+      ``(losses, grads, state)``, or ``((losses, aux), grads, state)`` where ``aux``
+      is the pair of what the trunk and the heads returned. Its ``init``, of the
+      parameters and the same further arguments, makes the first state: from the
+      shapes of the features, which the method resolves.
 
     Raises:
-      TypeError: at the call, with ``sum_batch`` for a method that reads gradients
-        and for parameters that are not floating point.
-      ValueError: at the call, if the losses are neither a vector nor scalars.
+      TypeError: at the call, with ``sum_batch`` for a method that reads gradients,
+        for a chain without a method, and for parameters that are not floating point.
+      ValueError: at the call, if the losses are neither a vector nor scalars, and
+        for a state or a result of other shapes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -68,7 +73,8 @@ def value_and_grad_at_features(
       ...     trunk_fn, heads_fn, optax_mtl.mean()
       ... )
       >>> params = {"trunk": jnp.array(1.0), "head": jnp.array([[1.0, 2.0]])}
-      >>> losses, grads, state = fn(params, (), jnp.array([[1.0], [2.0]]))
+      >>> batch = jnp.array([[1.0], [2.0]])
+      >>> losses, grads, state = fn(params, fn.init(params, batch), batch)
       >>> print(losses, grads["trunk"], grads["head"][0])
       [0.5 5. ] 8.0 [2. 7.]
 
@@ -81,11 +87,20 @@ def value_and_grad_at_features(
       conflicts at the features are not conflicts at the parameters.
     """
     method = optax.with_extra_args_support(method)
+    init_call = (
+        "the init of what value_and_grad_at_features returns:"
+        " resolve.init(params, *args), from the features and not from the parameters"
+    )
+
+    def init(params, *args, **kwargs):
+        value = jax.eval_shape(trunk_fn, params, *args, **kwargs)
+        features, _ = take_aux(value, has_aux, "trunk_fn")
+        zeros = lambda z: jnp.zeros(z.shape, z.dtype)
+        return method.init(jax.tree.map(zeros, features))
 
     def fn(params, state, *args, **kwargs):
         def features_of(params):
-            value = trunk_fn(params, *args, **kwargs)
-            return value if has_aux else (value, None)
+            return take_aux(trunk_fn(params, *args, **kwargs), has_aux, "trunk_fn")
 
         split(params, None)  # Validates the parameters.
         features, pull_back_trunk, trunk_aux = jax.vjp(
@@ -94,7 +109,7 @@ def value_and_grad_at_features(
 
         def losses_of(params, features):
             value = heads_fn(params, features, *args, **kwargs)
-            losses = value[0] if has_aux else value
+            losses, _ = take_aux(value, has_aux, "heads_fn")
             return separate_losses(losses, MAX_WRITTEN_OUT_HEADS), value
 
         primals = (params, features)
@@ -102,12 +117,13 @@ def value_and_grad_at_features(
         updates = pull_back_each(push_forward, primals, losses)[1]
         vector = tasks.stack_losses(losses, None)
         if sum_batch:
-            totals = lambda: jax.tree.map(lambda g: g.sum(axis=1), updates)
-            view = tasks.GramView(len(vector), lambda: tasks.gram(totals()))
-            weights, state = method.update(view, state, features, losses=vector)
-            resolved = tasks.combine(weights, updates)
-        else:
-            resolved, state = method.update(updates, state, features, losses=vector)
+            totals = partial(jax.tree.map, lambda g: g.sum(axis=1), updates)
+            updates = tasks.GramView(
+                len(vector),
+                lambda: tasks.gram(totals()),
+                partial(tasks.combine, updates=updates),
+            )
+        resolved, state = resolve(method, updates, state, features, vector, init_call)
         pull_back = jax.linear_transpose(push_forward, *primals)
         ones = jax.tree.map(jnp.ones_like, losses)
         grads = optax.tree.add(pull_back_trunk(resolved)[0], pull_back(ones)[0])
@@ -115,4 +131,4 @@ def value_and_grad_at_features(
             value = (value[0], (trunk_aux, value[1]))
         return value, grads, state
 
-    return fn
+    return Resolver(init, fn)

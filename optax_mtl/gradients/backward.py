@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mtl import tasks
 from optax_mtl.gradients.sharing import merge
@@ -17,7 +18,7 @@ def vector_fn(losses_fn, has_aux, args, kwargs):
 
     def losses_of(shared_part, heads):
         value = losses_fn(merge(shared_part, heads), *args, **kwargs)
-        losses = value[0] if has_aux else value
+        losses, _ = take_aux(value, has_aux)
         return separate_losses(losses, MAX_WRITTEN_OUT), value
 
     return losses_of
@@ -51,12 +52,36 @@ def pull_back_each(push_forward, primals, losses):
     return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
 
 
+def take_aux(value: Any, has_aux: bool, name: str = "losses_fn") -> tuple[Any, Any]:
+    """What a function returned and its auxiliary data, ``None`` without ``has_aux``.
+
+    Raises:
+      TypeError: with ``has_aux``, if it returned something else than a pair.
+    """
+    if not has_aux:
+        return value, None
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(
+            f"with has_aux=True, {name} should return a pair, what is differentiated"
+            " and auxiliary data, but it returned shapes"
+            f" {jax.tree.map(np.shape, value)}; leave has_aux out, or return both"
+        )
+    return value
+
+
 def stack_task_losses(losses: Any) -> jax.Array:
     """The losses that ``losses_fn`` returned, as one vector of shape ``(T,)``.
 
     Raises:
-      ValueError: if they are neither a vector nor a tree of scalars.
+      ValueError: if they are neither a vector nor a tree of scalars, or a pair with
+        auxiliary data.
     """
+    if isinstance(losses, tuple) and any(not _is_scalar(x) for x in losses):
+        raise ValueError(
+            "losses_fn should return one loss for each task, but returned a tuple of"
+            f" shapes {jax.tree.map(np.shape, losses)}; if losses come first and"
+            " auxiliary data second, say has_aux=True"
+        )
     leaves = jax.tree.leaves(losses)
     is_array = hasattr(losses, "shape")
     if not leaves or any(jnp.ndim(x) != is_array for x in leaves):
@@ -67,3 +92,7 @@ def stack_task_losses(losses: Any) -> jax.Array:
             " each over its batch"
         )
     return tasks.stack_losses(losses, None)
+
+
+def _is_scalar(x: Any) -> bool:
+    return jax.tree_util.all_leaves([x]) and jnp.ndim(x) == 0

@@ -13,8 +13,10 @@ from optax_mtl.gradients.backward import (
     pull_back_each,
     vector_fn,
 )
-from optax_mtl.gradients.sharing import Mask, mask_of, merge, split
+from optax_mtl.gradients.resolver import Resolver, resolve
+from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.gradients.stacked import value_and_task_grads
+from optax_mtl.labels import Labels, mask_of
 
 
 def value_and_grad(
@@ -23,8 +25,8 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     mode: str = "gram",
-    shared: Mask | Callable[[optax.Params], Mask] | None = None,
-) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
+    shared: Labels | None = None,
+) -> Resolver:
     r"""Makes a function that returns the losses and the resolved gradient.
 
     .. math::
@@ -39,8 +41,11 @@ def value_and_grad(
 
     Args:
       losses_fn: as in :func:`value_and_task_grads`.
-      method: any method whose weights depend on the Gram matrix and the losses.
-        The rest of the chain is applied to the gradient that comes back.
+      method: any method whose weights depend on the Gram matrix and the losses, or a
+        chain that begins with one: what follows the method receives the gradient
+        that it resolved, so that one state holds that of the method and that of the
+        optimizer. With ``shared``, it receives the shared part alone: apply an
+        optimizer of all parameters to the gradient that comes back instead.
       has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
       mode: how to get there; the result is the same.
 
@@ -56,15 +61,18 @@ def value_and_grad(
         :func:`value_and_task_grads`; the others get the gradient of the sum.
 
     Returns:
-      A function of the parameters, the state of the method
-      (``method.init(params)``) and further arguments that returns
-      ``(losses, grads, state)``, or ``((losses, aux), grads, state)``.
+      A function of the parameters, the state and further arguments that returns
+      ``(losses, grads, state)``, or ``((losses, aux), grads, state)``. Its ``init``
+      makes the first state from the parameters, in every mode. After a whole chain,
+      ``grads`` are the updates of the shared parameters and the gradients of the
+      others.
 
     Raises:
-      TypeError: at the call, for a method that reads the gradients themselves
-        and for parameters that are not floating point.
+      TypeError: at the call, for a method that reads the gradients themselves,
+        for a chain without a method, and for parameters that are not floating point.
       ValueError: for an unknown mode; at the call, if the losses are neither a
-        vector nor scalars, or not as many as the method was made for.
+        vector nor scalars, or not as many as the method was made for, and for a
+        state or a result of other shapes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -73,9 +81,15 @@ def value_and_grad(
       >>> method = optax_mtl.cagrad()
       >>> fn = optax_mtl.value_and_grad(losses_fn, method)
       >>> params = jnp.array([0.0, 1.0])
-      >>> losses, grads, state = fn(params, method.init(params))
+      >>> losses, grads, state = fn(params, fn.init(params))
       >>> print(jnp.array_str(grads, precision=3))
       [-1.207  1.207]
+      >>> import optax
+      >>> chain = optax.chain(method, optax.sgd(0.1))
+      >>> fn = optax_mtl.value_and_grad(losses_fn, chain)
+      >>> losses, updates, state = fn(params, fn.init(params))
+      >>> print(jnp.array_str(updates, precision=3))
+      [ 0.121 -0.121]
 
     .. note::
       The entries of the Gram matrix have the precision of the model's own forward
@@ -91,6 +105,10 @@ def value_and_grad(
             f"mode should be 'gram', 'leafwise' or 'stacked', not {mode!r}"
         )
     method = optax.with_extra_args_support(method)
+    init_call = "the init of what value_and_grad returns: resolve.init(params)"
+
+    def init(params):
+        return method.init(split(params, shared)[0])
 
     def from_gram(params, state, *args, **kwargs):
         primals = split(params, shared)
@@ -111,7 +129,11 @@ def value_and_grad(
                     "gradients cannot be pushed forward through this model, which"
                     " probably has a jax.custom_vjp; use mode='leafwise'"
                 ) from error
-            push_vector = lambda grads: tasks.stack_losses(push(grads), None)
+
+            def push_vector(grads):
+                # The tangent along a gradient: that of a complex parameter is the
+                # conjugate of what JAX calls its gradient.
+                return tasks.stack_losses(push(optax.tree.conj(grads)), None)
 
             def column(cotangent):
                 # A branch, always taken, since XLA finishes what precedes a branch:
@@ -127,29 +149,25 @@ def value_and_grad(
             gram = jax.lax.map(column, basis_of(losses))
             return (gram + gram.T) / 2
 
-        view = tasks.GramView(len(vector), compute_gram)
-        weights, state = method.update(view, state, params, losses=vector)
-        if getattr(weights, "shape", None) != vector.shape:
-            raise TypeError(
-                f"expected the weights of {len(vector)} tasks, but the method returned"
-                f" {weights}: give a method of optax_mtl, and apply the rest of the"
-                " chain to the gradient that value_and_grad returns"
-            )
-        weights = weights.astype(vector.dtype)
-        if isinstance(losses, list):
-            weights = list(weights)
+        def combine(weights):
+            weights = weights.astype(vector.dtype)
+            listed = isinstance(losses, list)
+            return pull_back(list(weights) if listed else weights)[0]
+
+        view = tasks.GramView(len(vector), compute_gram, combine)
+        grads, state = resolve(method, view, state, primals[0], vector, init_call)
         ones = jax.tree.map(jnp.ones_like, losses)
-        return value, merge(pull_back(weights)[0], pull_back(ones)[1]), state
+        return value, merge(grads, pull_back(ones)[1]), state
 
     def from_stacked(params, state, *args, **kwargs):
         task_grads = value_and_task_grads(losses_fn, has_aux, shared=shared)
         value, updates = task_grads(params, *args, **kwargs)
         losses = value[0] if has_aux else value
-        mask = mask_of(params, shared)
+        vector = tasks.stack_losses(losses, None)
+        mask = mask_of(params, shared, "shared")
         stacked, heads = split(updates, mask)
-        grads, state = method.update(
-            stacked, state, split(params, mask)[0], losses=losses
-        )
+        shared_part, _ = split(params, mask)
+        grads, state = resolve(method, stacked, state, shared_part, vector, init_call)
         return value, merge(grads, heads), state
 
-    return from_stacked if mode == "stacked" else from_gram
+    return Resolver(init, from_stacked if mode == "stacked" else from_gram)

@@ -1,35 +1,26 @@
 """Which parameters all tasks share, and which are heads."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
-Mask = Any  # Tree of bools with the structure of the parameters, or a prefix of it.
+from optax_mtl import labels, tasks
 
 
-def mask_of(params: optax.Params, shared: Mask | Callable | None) -> Mask:
-    """A tree of bools with the structure of the parameters: which are shared."""
-    mask = shared(params) if callable(shared) else shared
-    return jax.tree.broadcast(True if mask is None else mask, params)
-
-
-def split(tree: Any, shared: Mask | Callable | None) -> tuple[Any, Any]:
+def split(tree: Any, shared: labels.Labels | None) -> tuple[Any, Any]:
     """Separates the shared leaves from the others; None stands for a hole.
 
     Raises:
       TypeError: for leaves that are not floating point.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"the parameter params{jax.tree_util.keystr(path)} has dtype"
-                f" {jnp.result_type(leaf)}, which has no gradient; hand it to losses_fn"
-                " as another argument (with Flax NNX, split the model by nnx.Param)"
-            )
-    mask = mask_of(tree, shared)
+        tasks.check_floating(
+            f"the parameter params{jax.tree_util.keystr(path)}",
+            leaf,
+            ", which has no gradient; hand it to losses_fn as another argument (with"
+            " Flax NNX, split the model by nnx.Param)",
+        )
+    mask = labels.mask_of(tree, shared, "shared")
     pick = lambda keep: jax.tree.map(lambda x, m: x if m is keep else None, tree, mask)
     return pick(True), pick(False)
 

@@ -12,14 +12,15 @@ from optax_mtl.gradients.backward import (
     pull_back_each,
     vector_fn,
 )
-from optax_mtl.gradients.sharing import Mask, merge, split
+from optax_mtl.gradients.sharing import merge, split
+from optax_mtl.labels import Labels
 
 
 def value_and_task_grads(
     losses_fn: Callable[..., Any],
     has_aux: bool = False,
     *,
-    shared: Mask | Callable[[optax.Params], Mask] | None = None,
+    shared: Labels | None = None,
     sequential: bool = False,
 ) -> Callable[..., tuple[Any, optax.Updates]]:
     r"""Makes a function that returns the losses and the gradient of each task.
@@ -35,7 +36,9 @@ def value_and_task_grads(
         of shape ``(T,)`` or a dict of named scalars (tasks in the order of the
         sorted names).
       has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
-      shared: which parameters all tasks share, a mask as in :func:`optax.masked`.
+      shared: which parameters all tasks share: a tree of bools as in
+        :func:`optax.masked`, a function of the path of a parameter, such as
+        ``lambda path: "trunk" in path``, or of the parameters to such a tree.
         The other parameters (heads) get the ordinary gradient of the sum of the
         losses, not stacked, so that they cost nothing more. ``None``: all.
       sequential: whether to run the backward passes one after the other, with

@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from optax_mtl import base
 from optax_mtl.methods.baseline.linear import linear
 from optax_mtl.wrappers import per_task
 
@@ -47,4 +48,5 @@ def adatask(
       Yang et al, `AdaTask: A Task-aware Adaptive Learning Rate Approach to
       Multi-task Learning <https://arxiv.org/abs/2211.15055>`_, AAAI 2023
     """
-    return optax.chain(per_task(optax.scale_by_adam(b1, b2, eps), num_tasks), linear())
+    adam = optax.scale_by_adam(b1, b2, eps)
+    return base.from_coordinates(*optax.chain(per_task(adam, num_tasks), linear()))

@@ -147,7 +147,7 @@ def energy_gate(
         )
         return jax.tree.map(lambda d, g: d.astype(g.dtype), update, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return base.from_coordinates(init_fn, update_fn)
 
 
 def _axes_within(x, granularity):

@@ -109,7 +109,7 @@ def excess_mtl(
             base.keep_if(finite, new_state, state),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return base.from_coordinates(init, update)
 
 
 def excess_mtl_weights(logits: jax.Array, exists: jax.Array) -> jax.Array:

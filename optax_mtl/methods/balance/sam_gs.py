@@ -159,7 +159,7 @@ def sam_gs(
         new_state = base.keep_if(base.all_finite(gram), new_state, state)
         return jax.tree.map(resolve, updates, momentum), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return base.from_coordinates(init_fn, update_fn)
 
 
 def magnitude_similarity(

@@ -96,7 +96,7 @@ def graddrop(
         new_state = base.keep_if(base.all_finite(updates), GradDropState(key), state)
         return new_updates, new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return base.from_coordinates(init_fn, update_fn)
 
 
 def _drop_signs(x, key, leaks, keep):

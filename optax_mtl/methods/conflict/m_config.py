@@ -127,4 +127,4 @@ def m_config(
         out = jax.tree.map(step, resolved, second, updates)
         return out, base.keep_if(finite, kept, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return base.from_coordinates(init, update)

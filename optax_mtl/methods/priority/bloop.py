@@ -119,4 +119,4 @@ def bloop(
         cast = lambda d, g: d.astype(g.dtype)
         return jax.tree.map(cast, direction, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return base.from_coordinates(init_fn, update_fn)

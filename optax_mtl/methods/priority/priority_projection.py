@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -66,8 +67,13 @@ def priority_projection(
     """
     if mode not in _MODES:
         raise ValueError(f"mode is {mode!r}, but should be one of {', '.join(_MODES)}")
-    if order is not None and sorted(order) != list(range(len(order))):
-        raise ValueError(f"the order {order} should name each task once, from 0 on")
+    if order is not None and (
+        not np.iterable(order) or sorted(order) != list(range(len(order)))
+    ):
+        raise ValueError(
+            f"the order {order} should name each task once, from 0 on, the most"
+            " important first, such as [1, 0, 2]"
+        )
 
     def step(state, gram):
         ranking = range(len(gram)) if order is None else order

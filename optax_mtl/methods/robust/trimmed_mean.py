@@ -67,7 +67,7 @@ def trimmed_mean(
         trim = lambda x: _trimmed_mean(x, exists, at_most)
         return jax.tree.map(trim, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return base.from_coordinates(init_fn, update_fn)
 
 
 def _trimmed_mean(x, exists, num_trimmed):

@@ -1,0 +1,245 @@
+"""Every snippet of the README runs, from the README's own text."""
+
+import pathlib
+import re
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
+
+import optax_mtl
+
+TEXT = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+FENCE = re.compile(r"^( *)```(python|diff)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+RNG = np.random.default_rng(0)
+T = 3
+BATCH = (
+    jnp.asarray(RNG.normal(size=(8, 4)), jnp.float32),
+    jnp.asarray(RNG.normal(size=(8, T)), jnp.float32),
+)
+PARAMS = {
+    "trunk": jnp.asarray(RNG.normal(size=(4, 6)), jnp.float32),
+    "heads": jnp.asarray(RNG.normal(size=(6, T)), jnp.float32),
+}
+
+
+def snippets():
+    """The Python code of each block; of a change, what stands after it."""
+    found = []
+    for _, kind, text in FENCE.findall(TEXT):
+        code = textwrap.dedent(text)
+        if kind == "diff":
+            lines = [line[1:] for line in code.splitlines() if line[:1] in ("+", " ")]
+            code = textwrap.dedent("\n".join(lines))
+        found.append(code)
+    return found
+
+
+def losses_fn(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["trunk"]) @ params["heads"] - y) ** 2, axis=0)
+
+
+class Model(nnx.Module):
+    """Batch statistics, dropout and heads."""
+
+    def __init__(self, rngs, dropout=0.3):
+        self.trunk = nnx.Sequential(
+            nnx.Linear(4, 6, rngs=rngs),
+            nnx.BatchNorm(6, rngs=rngs),
+            nnx.Dropout(dropout, rngs=rngs),
+        )
+        self.heads = nnx.Linear(6, T, rngs=rngs)
+
+    def __call__(self, x):
+        return self.heads(self.trunk(x))
+
+
+def task_losses(model, batch):
+    return jnp.mean((model(batch[0]) - batch[1]) ** 2, axis=0)
+
+
+def run(code, **names):
+    """What the snippet defines, beside small stand-ins for what it takes."""
+    names = {
+        "jax": jax,
+        "jnp": jnp,
+        "nnx": nnx,
+        "optax": optax,
+        "optax_mtl": optax_mtl,
+        "train_state": train_state,
+        "TrainState": train_state.TrainState,
+        "losses_fn": losses_fn,
+        "task_losses": task_losses,
+        "params": PARAMS,
+        "batch": BATCH,
+    } | names
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def assert_changed(params, other):
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    assert shapes(params) == shapes(other)
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(other)):
+        assert jnp.isfinite(x).all() and jnp.any(x != y)
+
+
+def two_lines(code):
+    names = run(code)
+    params, _ = names["step"](PARAMS, names["tx"].init(PARAMS), BATCH)
+    assert_changed(params, PARAMS)
+
+
+def two_lines_of_nnx(code):
+    """As ``nnx.value_and_grad`` for the sum: parameters, statistics and counts."""
+    code = code.replace("optax_mtl.upgrad()", "optax_mtl.linear()")
+    code = code.replace("optax.adamw(1e-3)", "optax.sgd(0.1)")
+    model, plain = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+    names = run(code, model=model)
+    optimizer = nnx.Optimizer(plain, optax.sgd(0.1), wrt=nnx.Param)
+    of_sum = lambda model: task_losses(model, BATCH).sum()
+
+    @nnx.jit
+    def plain_step(model, optimizer):
+        optimizer.update(model, nnx.value_and_grad(of_sum)(model)[1])
+
+    for _ in range(3):
+        names["step"](model, names["optimizer"], BATCH)
+        plain_step(plain, optimizer)
+    assert model.trunk.layers[2].rngs.count[...] == 3
+    assert jnp.any(model.trunk.layers[1].mean[...] != 0)
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    unwrap = lambda m: optax.tree.unwrap_random_key_data(nnx.to_pure_dict(nnx.state(m)))
+    jax.tree.map(same, unwrap(model), unwrap(plain))
+
+
+def two_lines_of_linen(code):
+    linen = nn.Dense(T)
+    params = linen.init(jax.random.key(0), BATCH[0])
+    fn = lambda params, batch: jnp.mean(
+        (linen.apply(params, batch[0]) - batch[1]) ** 2, axis=0
+    )
+    names = run(code, model=linen, params=params, losses_fn=fn)
+    assert_changed(names["state"].params, params)
+
+
+def conflicts(code):
+    report = run(code)["report"]
+    assert report.cosines.shape == (T, T) and report.norms.shape == (T,)
+
+
+def routed_heads(code):
+    names = run(code, labels={"trunk": "shared", "heads": "heads"})
+    shared = {"trunk": True, "heads": False}
+    _, grads = optax_mtl.value_and_task_grads(losses_fn, shared=shared)(PARAMS, BATCH)
+    updates, _ = names["tx"].update(grads, names["tx"].init(PARAMS), PARAMS)
+    assert_changed(optax_mtl.apply_updates(PARAMS, updates), PARAMS)
+
+
+def whole_chain(code):
+    names = run(code)
+    params, _, losses = names["step"](PARAMS, names["state"], BATCH)
+    assert losses.shape == (T,)
+    assert_changed(params, PARAMS)
+
+
+def missing_labels(code):
+    mean = run(code)["masked_mean"]
+    errors = jnp.array([1.0, 2, 3])
+    assert mean(errors, jnp.array([1.0, 0, 1])) == 2
+    assert mean(errors, jnp.zeros(3)) == 0
+
+
+def heads_of_nnx(code):
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    names = run(
+        code,
+        model=model,
+        graphdef=nnx.split(model)[0],
+        method=optax_mtl.inverse_norm(),
+        losses_of=lambda out, y: jnp.mean((out - y) ** 2, axis=0),
+    )
+    state = names["method_state"]
+    for _ in range(3):
+        losses, state = names["step"](model, optimizer, state, *BATCH)
+    assert losses.shape == (T,)
+    assert model.trunk.layers[2].rngs.count[...] == 3
+    assert jnp.any(model.trunk.layers[1].mean[...] != 0)
+    kernel = lambda state: state["trunk"]["layers"][0]["kernel"][...]
+    assert jnp.any(kernel(before) != kernel(nnx.state(model, nnx.Param)))
+
+
+def train_state_with_losses(code):
+    names = run(code)
+    tx = optax.chain(optax_mtl.gls(), optax.sgd(0.1))
+    state = names["TrainState"].create(apply_fn=None, params=PARAMS, tx=tx)
+    losses, grads = optax_mtl.value_and_task_grads(losses_fn)(PARAMS, BATCH)
+    assert_changed(state.apply_gradients(grads=grads, losses=losses).params, PARAMS)
+
+
+def freezing(code):
+    tx = run(code, labels={"trunk": "freeze", "heads": "train"})["tx"]
+    _, grads = optax_mtl.value_and_task_grads(losses_fn)(PARAMS, BATCH)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert not updates["trunk"].any() and updates["heads"].any()
+
+
+CHECKS = [
+    two_lines,
+    two_lines_of_nnx,
+    two_lines_of_linen,
+    conflicts,
+    routed_heads,
+    whole_chain,
+    missing_labels,
+    heads_of_nnx,
+    train_state_with_losses,
+    freezing,
+]
+
+
+def test_every_snippet_has_a_check():
+    assert len(snippets()) == len(CHECKS), "add a check for the new snippet, in order"
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_snippet(check):
+    code = snippets()[CHECKS.index(check)]
+    with jax.numpy_rank_promotion("allow"):  # As users have it.
+        check(code)
+
+
+def test_rngs_as_an_argument_go_with_the_model():
+    """The README's sentence: split, merge, read and update ``(model, rngs)``."""
+    code = snippets()[CHECKS.index(two_lines_of_nnx)]
+    for old, new in {
+        "def step(model, optimizer,": "def step(model, rngs, optimizer,",
+        "nnx.split(model,": "nnx.split((model, rngs),",
+        "        model = nnx.merge": "        model, rngs = nnx.merge",
+        "task_losses(model, batch), nnx.state(model,": (
+            "task_losses(model, batch, rngs), nnx.state((model, rngs),"
+        ),
+        "nnx.update(model,": "nnx.update((model, rngs),",
+        "update(model, grads,": "update(model, grads[0],",
+    }.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+
+    def noisy_losses(model, batch, rngs):
+        noise = jax.random.normal(rngs.noise(), batch[0].shape)
+        return task_losses(model, (batch[0] + noise, batch[1]))
+
+    model, rngs = Model(nnx.Rngs(0)), nnx.Rngs(noise=1)
+    names = run(code, model=model, task_losses=noisy_losses)
+    for _ in range(3):
+        names["step"](model, rngs, names["optimizer"], BATCH)
+    assert rngs.noise.count[...] == 3
