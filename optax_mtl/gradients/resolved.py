@@ -11,6 +11,7 @@ from optax_mtl import tasks
 from optax_mtl.gradients.backward import (
     basis_of,
     pull_back_each,
+    pull_back_some,
     vector_fn,
 )
 from optax_mtl.gradients.resolver import Resolver, resolve
@@ -154,7 +155,12 @@ def value_and_grad(
             listed = isinstance(losses, list)
             return pull_back(list(weights) if listed else weights)[0]
 
-        view = tasks.GramView(len(vector), compute_gram, combine)
+        def combine_some(weights, keep):
+            weights = list(weights.astype(vector.dtype))
+            return pull_back_some(push_forward, primals, weights, keep)[0]
+
+        separate = combine_some if isinstance(losses, list) else None
+        view = tasks.GramView(len(vector), compute_gram, combine, separate)
         grads, state = resolve(method, view, state, primals[0], vector, init_call)
         ones = jax.tree.map(jnp.ones_like, losses)
         return value, merge(grads, pull_back(ones)[1]), state
