@@ -51,3 +51,16 @@ def test_state_stays_as_it_was(name):
     jax.tree.map(np.testing.assert_array_equal, after, state)
     _, moved = step(good, state, 2 * losses)  # It would have moved otherwise.
     assert not jax.tree.all(jax.tree.map(np.array_equal, moved, state))
+
+
+@pytest.mark.parametrize("mode", ["gram", "leafwise", "stacked"])
+def test_state_stays_in_every_mode(mode):
+    """The square root has a finite loss at 0, and no finite gradient."""
+    losses_fn = lambda w, x: {"a": jnp.sum(w**2), "b": 1 + jnp.sqrt(x * jnp.sum(w))}
+    resolve = optax_mtl.value_and_grad(losses_fn, BLIND, mode=mode)
+    step, w = jax.jit(resolve), jnp.array([1.0, 2.0])
+    _, grads, state = step(w, resolve.init(w), jnp.array(1.0))
+    assert np.isfinite(grads).all()
+    losses, grads, after = step(w, state, jnp.array(0.0))
+    assert np.isfinite(list(losses.values())).all() and not np.isfinite(grads).any()
+    jax.tree.map(np.testing.assert_array_equal, after, state)
