@@ -23,7 +23,7 @@ def uw_so(
     Args:
       temperature: :math:`\tau`, to be tuned; a large one makes the weights equal.
       min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below it the weights are NaN.
+        they are counted. Below its bound one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
