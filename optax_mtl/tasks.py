@@ -510,10 +510,12 @@ def has_gradient(updates: optax.Updates) -> jax.Array:
 def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
     """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
     if isinstance(updates, GramView):
+        some = updates.combine_some
         return GramView(
             updates.num_tasks,
             lambda: jnp.outer(factors, factors) * gram(updates),
             lambda weights: combine(factors * weights, updates),
+            some and (lambda weights, keep: some(factors * weights, keep)),
         )
     scale = lambda x: (along_tasks(factors, x) * x).astype(x.dtype)
     return jax.tree.map(scale, updates)

@@ -100,3 +100,14 @@ def test_losses_that_are_not_finite_are_absent_too(names):
     update, state = method.update(bad, state, losses=form([1.0, jnp.nan, 2.0]))
     np.testing.assert_array_equal(update, [1, 0, 0])
     np.testing.assert_array_equal(state.seen, [1, 0, 0])
+
+
+def test_a_scaled_view_still_knows_the_way_around():
+    rows = np.float32([[1, 2], [np.nan, 0], [3, 4]])
+    some = lambda weights, keep: weights @ jnp.where(keep[:, None], rows, 0)
+    view = optax_mtl.GramView(3, lambda: rows @ rows.T, lambda w: w @ rows, some)
+    chain = optax.chain(
+        optax_mtl.log_losses(), optax_mtl.zero_nonfinite(), optax_mtl.linear()
+    )
+    update, _ = chain.update(view, chain.init(None), losses=jnp.array([2.0, 1, 0.5]))
+    np.testing.assert_array_equal(update, rows[0] / 2 + rows[2] / 0.5)
