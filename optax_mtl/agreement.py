@@ -108,8 +108,8 @@ def scale_by_agreement(
             return updates, state
         gram = tasks.gram(updates)
         if isinstance(updates, tasks.GramView):  # Computed once for the chain as well.
-            views = updates.combine, updates.combine_some
-            updates = tasks.GramView(count, lambda: gram, *views)
+            ways = updates.combine, updates.combine_some, updates.compute_apart
+            updates = tasks.GramView(count, lambda: gram, *ways)
         now = tasks.conflicts(gram).alignment
         if measure == "cosine":
             now = mean_cosine(gram)

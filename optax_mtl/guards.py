@@ -140,10 +140,10 @@ def zero_nonfinite(
 
     In :func:`value_and_grad` a task is left out whose loss is not finite, or whose
     gradient is not, without harm to the others if the losses have names, as in a dict,
-    and are 8 at most: then each is differentiated for itself, with ``mode="leafwise"``
-    or ``"stacked"``. Elsewhere all are differentiated together, and a derivative that
-    is not finite spoils what meets it on the way back (0 times infinity), also for the
-    other tasks: where none is left, the update is zero and the state stays.
+    and are 8 at most: then each is differentiated for itself. Losses in a vector are
+    differentiated together, and a derivative that is not finite spoils what meets it
+    on the way back (0 times infinity), also for the other tasks: where none is left,
+    the update is zero and the state stays.
 
     Args:
       tx: a method, or a chain that begins with one; ``None`` for a link in front of it.
@@ -171,6 +171,8 @@ def zero_nonfinite(
     def update(updates, state, params=None, *, losses=None, **extra_args):
         count = tasks.check_stacked(updates, params, gram_suffices=True)
         if count is not None:
+            if isinstance(updates, tasks.GramView):
+                updates = updates.apart()
             keep = tasks.finite_tasks(updates)
             if losses is not None:
                 losses = tasks.stack_losses(losses, count)

@@ -29,6 +29,8 @@ class GramView:
         the weights take its place.
       combine_some: maps weights and the tasks to keep, both of shape ``(T,)``, to the
         sum over these alone, whatever the others hold, if there is a way to do so.
+      compute_apart: the Gram matrix, at any price such that what is not finite in one
+        task is so in its row and its column alone; by default ``compute``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -46,11 +48,18 @@ class GramView:
         compute: Callable[[], jax.Array],
         combine: Callable[[jax.Array], optax.Updates] | None = None,
         combine_some: Callable[[jax.Array, jax.Array], optax.Updates] | None = None,
+        compute_apart: Callable[[], jax.Array] | None = None,
     ):
         self.num_tasks = num_tasks
         self.compute = compute
         self.combine = combine or (lambda weights: weights)
         self.combine_some = combine_some
+        self.compute_apart = compute_apart or compute
+
+    def apart(self) -> "GramView":
+        """The same gradients, measured now, and apart as far as they can be."""
+        matrix = self.compute_apart()
+        return GramView(self.num_tasks, lambda: matrix, self.combine, self.combine_some)
 
     def refuse(self, reader: str = "this chain") -> NoReturn:
         """Raises the error that names the way to the gradients themselves."""
@@ -511,11 +520,13 @@ def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
     """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
     if isinstance(updates, GramView):
         some = updates.combine_some
+        products = jnp.outer(factors, factors)
         return GramView(
             updates.num_tasks,
-            lambda: jnp.outer(factors, factors) * gram(updates),
+            lambda: products * gram(updates),
             lambda weights: combine(factors * weights, updates),
             some and (lambda weights, keep: some(factors * weights, keep)),
+            lambda: products * updates.compute_apart(),
         )
     scale = lambda x: (along_tasks(factors, x) * x).astype(x.dtype)
     return jax.tree.map(scale, updates)
