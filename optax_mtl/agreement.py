@@ -113,7 +113,8 @@ def scale_by_agreement(
             return updates, state
         gram = tasks.gram(updates)
         if isinstance(updates, tasks.GramView):  # Computed once for the chain as well.
-            updates = tasks.GramView(count, lambda: gram, updates.combine)
+            ways = updates.combine, updates.combine_some, updates.compute_apart
+            updates = tasks.GramView(count, lambda: gram, *ways)
         now = tasks.conflicts(gram).alignment
         if measure == "cosine":
             now = mean_cosine(gram)
@@ -122,7 +123,8 @@ def scale_by_agreement(
         debiased = average / (1 - smoothing**steps)
         new = (steps, average, next_factor(state, debiased))
         out, inner = tx.update(updates, state.inner, params, **extra_args)
-        # Without any gradient there is nothing to measure.
+        # Without any gradient there is nothing to measure, and nothing in a step that
+        # is to be skipped.
         measured = base.all_finite((gram, out)) & jnp.any(tasks.present(gram))
         kept = base.keep_if(measured, new, state[1:])
         new_state = AgreementState(inner, *kept)

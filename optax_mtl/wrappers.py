@@ -361,7 +361,8 @@ def with_sharded_parameters(
       G = \sum_{s} G^{(s)}, \quad d^{(s)} = \sum_i w_i(G) \, g_i^{(s)}
 
     over the shards :math:`s`: all devices agree on the weights by one all-reduce of
-    ``T x T`` numbers. Sharded ``jax.jit`` needs no such wrapper.
+    ``T x T`` numbers, and on whether the update is finite. Sharded ``jax.jit`` needs
+    no such wrapper.
 
     Args:
       method: any method that makes its weights from inner products or losses; not

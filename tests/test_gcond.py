@@ -68,8 +68,8 @@ THREE_TASKS_ZONES = {
 OTHER = {"thresholds": (-0.95, -0.3, 0.1), "power": 1.0}
 
 
-# The authors' PyTorch class with float32 buffers, where the vectors that it keeps of two
-# tasks are overwritten: the values are those of "accumulated". See AUTHORS below.
+# The authors' PyTorch class with float32 buffers, where what it keeps of two tasks is
+# overwritten: the values are those of "accumulated". For "resolved" see AUTHORS below.
 @pytest.mark.parametrize(
     "expected, mode",
     [

@@ -138,3 +138,20 @@ def test_a_wrong_number_of_bounds_is_refused():
     method = optax_mtl.gls(min_losses=[0.0, 1.0])
     with pytest.raises(ValueError, match=r"min_losses has shape \(2,\).* 3 tasks"):
         method.update(jnp.eye(3), method.init(None), losses=jnp.ones(3))
+
+
+def test_famo_learns_from_losses_above_their_bounds_after_the_step():
+    """Those that :func:`famo_update` hands it are counted from the same bounds."""
+
+    def second_weights(method, shift):
+        eye, state = jnp.eye(3), method.init(None)
+        losses, after = NEGATIVE - shift, NEGATIVE - [0.5, 0.25, -0.5] - shift
+        _, state = method.update(eye, state, losses=jnp.array(losses))
+        state = optax_mtl.famo_update(state, jnp.array(after))
+        return method.update(eye, state, losses=jnp.array(losses))[0]
+
+    options = {"num_tasks": 3, "optimizer": optax.sgd(1.0)}
+    found = second_weights(optax_mtl.famo(min_losses=BOUNDS, **options), 0)
+    expected = second_weights(optax_mtl.famo(**options), BOUNDS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.abs(found - BY_HAND["famo"]).max() > 1e-3

@@ -33,8 +33,8 @@ def imtl(
       optimizer: of the logarithms :math:`s` of the loss weights, which it sees one
         by one; by default ``optax.adam(0.025)``.
       min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below its bound there is no optimum, and
-        the weights are NaN.
+        they are counted. Below its bound there is no optimum, and the weights are
+        NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -40,8 +40,8 @@ def dwa(
       window: number of steps in an average. The paper compares epochs: give the number
         of steps in one. At least 1.
       min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Ratios of losses of either sign say
-        nothing: below its bound one makes the weights NaN.
+        they are counted. Ratios of losses of either sign say nothing: below its
+        bound one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

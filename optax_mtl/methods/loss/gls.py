@@ -21,8 +21,7 @@ def gls(
 
     Args:
       min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below its bound one has no root: the
-        weights are NaN.
+        they are counted. Below its bound one has no root: the weights are NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -51,8 +51,8 @@ def uncertainty_weighting(
         implementations begin at -0.5.
       optimizer: for the log-variances; by default ``optax.adam(0.025)``.
       min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below its bound there is no optimum, and
-        the weights are NaN.
+        they are counted. Below its bound there is no optimum, and the weights are
+        NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

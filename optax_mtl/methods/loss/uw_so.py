@@ -24,7 +24,7 @@ def uw_so(
       temperature: :math:`\tau`, to be tuned; a large one makes the weights equal.
         Positive.
       min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below it the weights are NaN.
+        they are counted. Below its bound one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
