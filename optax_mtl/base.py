@@ -120,6 +120,9 @@ def from_state(
       stays as it was.
     """
 
+    for name in reads:
+        check_choice("reads", name, ("gram", "losses"))
+
     def init(params):
         del params
         return init_fn()

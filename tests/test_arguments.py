@@ -301,6 +301,26 @@ def test_the_range_and_the_value_are_in_the_error():
         optax_mtl.pcgrad(order="up")
 
 
+def test_functions_at_the_features():
+    z, labelled = jnp.ones((2, 2)), jnp.array([True, False])
+    common = {"conceptor": jnp.eye(2), "labelled": labelled}
+    state = optax_mtl.EAGCState(jnp.array(0.5))
+    anchored = {**common, "weight": jnp.zeros(2), "reference": z}
+    calls = [
+        (optax_mtl.eagc_weights, (z,), {**common, "state": state}, "decay", DECAY),
+        (optax_mtl.eagc_weights, (z,), {**common, "state": state}, "strength", [-1]),
+        (optax_mtl.coordinate, (z,), anchored, "anchor", AT_LEAST_0),
+        (optax_mtl.coordinate, (z,), anchored, "loss_scale", POSITIVE),
+        (optax_mtl.fit_conceptor, (z,), {}, "aperture", AT_LEAST_0),
+        (optax_mtl.fit_conceptor, (z,), {}, "relative", FLAG),
+        (optax_mtl.from_state, (optax.EmptyState, None), {}, "reads", [["grams"]]),
+    ]
+    for fn, args, kwargs, argument, values in calls:
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=f"{argument} is"):
+                fn(*args, **kwargs, **{argument: value})
+
+
 def test_keys_of_every_kind_are_taken():
     expected = jax.random.key_data(optax_mtl.pcgrad(3).init(None).key)
     for key in (np.int64(3), jnp.array(3), jax.random.key(3)):

@@ -117,8 +117,9 @@ def eagc_pull_backs(
       reference: features of the frozen reference model, shape `(n, D)`.
       labelled: which rows are labelled, bools or zeros and ones, shape `(n,)`.
       state: running energy of the labelled rows.
-      decay: of the running energy.
+      decay: of the running energy. In [0, 1).
       loss_scale: factor by which the loss, hence ``cotangent``, was multiplied.
+        Positive.
       axis_name: axis of devices over which gradients are averaged afterwards.
 
     Returns:
@@ -190,7 +191,7 @@ def coordinate(
       reference: features of the frozen reference model for the same views,
         shape `(n, D)`.
       labelled: which rows are labelled, bools or zeros and ones, shape `(n,)`.
-      anchor: :math:`\lambda_a`, the strength of the alignment.
+      anchor: :math:`\lambda_a`, the strength of the alignment. At least 0.
       loss_scale: factor by which the loss is multiplied (mixed precision), so that
         dividing the gradients by it gives the alignment its full strength.
       axis_name: axis of devices over which gradients are averaged afterwards
@@ -220,6 +221,7 @@ def coordinate(
     .. note::
       A `jax.custom_vjp`, so it has no forward-mode derivative.
     """
+    base.check_range("anchor", anchor, "[0, inf)")
     _check_features(z, conceptor, labelled=labelled, weight=weight)
     pull = anchor * _anchor_pull(z, reference, labelled, loss_scale, axis_name)
     constants = jax.lax.stop_gradient((conceptor, weight, pull))
@@ -272,8 +274,8 @@ def eagc_weights(
       conceptor: of the known classes, from :func:`fit_conceptor`, shape `(D, D)`.
       state: running energy; start with the mean of :func:`energy_ratio` over the
         reference features of the labelled set.
-      strength: :math:`\lambda_p`.
-      decay: :math:`\beta`.
+      strength: :math:`\lambda_p`. At least 0.
+      decay: :math:`\beta`. In [0, 1).
       axis_name: axis of devices over which the batch is divided, if any.
 
     Returns:
@@ -295,6 +297,8 @@ def eagc_weights(
       Zheng et al, `The Devil Is in Gradient Entanglement: Energy-Aware Gradient
       Coordinator <https://arxiv.org/abs/2604.14176>`_, CVPR 2026
     """
+    base.check_range("strength", strength, "[0, inf)")
+    base.check_range("decay", decay, "[0, 1)")
     _check_features(z, conceptor, labelled=labelled)
     energy = energy_ratio(z, conceptor)
     mask = labelled.astype(energy.dtype)
@@ -358,8 +362,8 @@ def fit_conceptor(
 
     Args:
       features: :math:`Z`, neither centred nor normalised, shape `(N, D)`.
-      aperture: :math:`\alpha`. As it grows, the conceptor becomes the projector on
-        the span of the features; at 0 it vanishes.
+      aperture: :math:`\alpha`, at least 0. As it grows, the conceptor becomes the
+        projector on the span of the features; at 0 it vanishes.
       second_moment: :math:`R`, in place of ``features``, shape `(D, D)`: for sets
         that do not fit in memory, as the mean of ``Z.T @ Z / N`` over batches.
       relative: divide :math:`R` by its mean diagonal first, so that scaling the
@@ -384,6 +388,8 @@ def fit_conceptor(
       Jaeger, `Controlling Recurrent Neural Networks by Conceptors
       <https://arxiv.org/abs/1403.3369>`_, 2014
     """
+    base.check_range("aperture", aperture, "[0, inf)")
+    base.check_choice("relative", relative, (True, False))
     if (features is None) == (second_moment is None):
         raise ValueError("give either features or second_moment")
     if features is not None:
@@ -425,6 +431,7 @@ def _project(cotangent, weight, conceptor):
 
 def _anchor_pull(z, reference, labelled, loss_scale, axis_name):
     """Gradient of half the mean squared error to the reference on labelled rows."""
+    base.check_range("loss_scale", loss_scale, "(0, inf)")
     if reference.shape != z.shape:
         raise ValueError(f"reference is {reference.shape}, but z is {z.shape}")
     z, reference = jax.lax.stop_gradient((z, reference))
