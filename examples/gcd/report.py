@@ -1,6 +1,5 @@
-"""Accuracy, diagnostics, CSV logs and figures."""
+"""Accuracy, diagnostics and figures."""
 
-import csv
 import math
 import pathlib
 
@@ -8,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
+
+from examples.runs import read
 
 
 def accuracy(
@@ -73,40 +74,6 @@ def subspace_overlap(known: np.ndarray, novel: np.ndarray, k: int = 16) -> float
     _, directions = np.linalg.eigh(known.T @ known)  # Of ascending eigenvalues.
     first = directions[:, ::-1][:, : min(k, len(known))]
     return float(((novel @ first) ** 2).sum() / (novel**2).sum())
-
-
-class Log:
-    """A CSV file with a whole number first; a resumed run drops rows from `start`."""
-
-    def __init__(self, path: pathlib.Path, columns: list[str], start: int):
-        self.path = path
-        self.columns = columns
-        rows = [row for row in read(path) if row[columns[0]] < start]
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(columns)
-        for row in rows:
-            self.write(row)
-
-    def write(self, row: dict[str, float]) -> None:
-        """Appends a row; what is missing or NaN stays empty."""
-        key, *others = self.columns
-        values = [row.get(column, math.nan) for column in others]
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow(
-                [int(row[key])]
-                + ["" if math.isnan(value) else repr(value) for value in values]
-            )
-
-
-def read(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a CSV file of numbers; empty ones are NaN."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            {key: float(value or "nan") for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
 
 
 def mean_of(rows: list[dict[str, float]], column: str) -> float:

@@ -19,6 +19,7 @@ import pathlib
 import re
 import statistics
 
+from examples import runs
 from examples.ssl import config as config_lib
 from examples.ssl import data, model, report, train
 from examples.ssl.config import Config
@@ -34,7 +35,7 @@ ROWS = {  # Flags of each.
 }
 YARDSTICK = "sum, momentum before AdamW"
 FLAGS = "--steps 150 --batch-size 64 --warmup-steps 15 --eval-every 150"
-FLAGS += " --eval-images 448 --devices 1 --resume"
+FLAGS += " --eval-images 448 --devices 1"
 RATES = ["1e-3", "2e-3", "4e-3", "8e-3", "16e-3"]
 SEARCH, SEEDS = 0, [1, 2, 3]
 
@@ -47,18 +48,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flags", default="", help="more of them, for train.py")
     parser.add_argument("--figure", action="store_true")
     arguments = parser.parse_args(argv)
-    runs = {}
+    chosen = {}
     for name in dict.fromkeys([*arguments.rows, YARDSTICK]):
         settings = functools.partial(make_flags, arguments, name)
         search = {rate: run(settings(rate, SEARCH)) for rate in RATES}
         rate = min(search, key=lambda rate: loss(search[rate]))
-        runs[name] = [settings(rate, seed) for seed in SEEDS]
-        for flags in runs[name]:
+        chosen[name] = [settings(rate, seed) for seed in SEEDS]
+        for flags in chosen[name]:
             run(flags)
     if arguments.figure:
-        plot({name: flags[0] for name, flags in runs.items()}, arguments.out)
+        plot({name: flags[0] for name, flags in chosen.items()}, arguments.out)
     else:
-        print_table({name: list(map(run, flags)) for name, flags in runs.items()})
+        print_table({name: list(map(run, flags)) for name, flags in chosen.items()})
 
 
 def make_flags(
@@ -80,10 +81,11 @@ def run(flags: list[str]) -> dict[str, float]:
     folder = pathlib.Path(config.out)
     if not (folder / "results.json").exists():
         print(folder.name)
-        train.run(config, *prepare(config))
+        resume = (folder / "checkpoints").exists()
+        train.run(dataclasses.replace(config, resume=resume), *prepare(config))
     results = json.loads((folder / "results.json").read_text())
-    log = report.read(folder / "log.csv")
-    conflicts = [float(row["cosine"]) < 0 for row in log if row["cosine"]]
+    cosines = [row["cosine"] for row in runs.read(folder / "log.csv")]
+    conflicts = [cosine < 0 for cosine in cosines if not math.isnan(cosine)]
     return results | {
         "rate": config.learning_rate,
         "conflicts": statistics.fmean(conflicts or [math.nan]),
@@ -134,8 +136,8 @@ def plot(runs: dict[str, list[str]], out: pathlib.Path) -> None:
     for name, flags in runs.items():
         config = config_lib.parse(flags)
         images, experiment = prepare(config)
-        with train.open_checkpoints(pathlib.Path(config.out)) as saved:
-            state = train.restore(saved, experiment.init(config))
+        with runs.open_checkpoints(pathlib.Path(config.out)) as saved:
+            _, state = runs.restore(saved, experiment.init(config))
         batch = next(data.validation(images, model.num_patches(config), config))
         batch = experiment.place(batch)
         seen, made[name], original = experiment.reconstruct(state, batch)

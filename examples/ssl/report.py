@@ -1,54 +1,28 @@
-"""Logs and figures."""
+"""Figures."""
 
-import csv
+import math
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
 
+from examples import runs
+
 Pictures = np.ndarray | jax.Array
 TITLES = {"l1": "L1", "ssim": "1 - SSIM", "cosine": "smallest cosine of two tasks"}
-
-
-class Log:
-    """A CSV file; rows after step `start` are dropped when a run is resumed."""
-
-    def __init__(self, path: pathlib.Path, columns: list[str], start: int):
-        rows = [row for row in read(path) if int(row["step"]) <= start]
-        self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, columns, restval="")
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._file.flush()
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a row; a column that it lacks stays empty."""
-        self._writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read(path: pathlib.Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def plot_curves(folder: pathlib.Path, tasks: list[str], title: str) -> None:
     """Losses and the cosine between the gradients of the tasks, over the steps."""
     import matplotlib.pyplot as plt
 
-    rows = read(folder / "log.csv")
-    panels = [*tasks, "cosine"] if rows[0]["cosine"] else tasks
+    rows = runs.read(folder / "log.csv")
+    panels = tasks if math.isnan(rows[0]["cosine"]) else [*tasks, "cosine"]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
     for axis, name in zip(axes, panels, strict=True):
         for column, style in ((name, "-"), (f"valid_{name}", "o-")):
-            points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
+            rows_with = [r for r in rows if not math.isnan(r.get(column, math.nan))]
+            points = [(row["step"], row[column]) for row in rows_with]
             if points:
                 alpha = 0.5 if style == "-" else 1
                 label = "validation" if style == "o-" else "training"
