@@ -100,8 +100,8 @@ def check_settings(folder: pathlib.Path, config: Any, last: int | None) -> None:
         return
     if not config.resume:
         raise FileExistsError(
-            f"{folder} holds a run up to checkpoint {last}: continue it with --resume, or choose "
-            "another --out"
+            f"{folder} holds a run up to checkpoint {last}: continue it with --resume, "
+            "or choose another --out"
         )
     try:
         old = dict(json.loads(file.read_text()))

@@ -68,7 +68,8 @@ def run(
     report.plot_curves(folder, experiment.tasks, title)
     batch = next(data.validation(images, model.num_patches(config), config))
     seen, made, original = experiment.reconstruct(state, experiment.place(batch))
-    report.plot_reconstructions(folder, seen, {"made": made}, original, title)
+    pictures = {"seen": seen, "made": made, "original": original}
+    report.plot_reconstructions(folder, pictures, title)
     results = validate(config, experiment, images, state) | speed
     runs.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
     say(_in_words(results))
