@@ -123,7 +123,11 @@ def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, enable_async_checkpointing=False
     )
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(
+        (folder / "checkpoints").absolute(),
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),  # Else guessed from the files.
+    )
 
 
 def save(saved: ocp.CheckpointManager, step: int, state: Any) -> None:
@@ -203,8 +207,10 @@ def _named(file):
 
 
 def _in_one_line(error):
-    first, *_ = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first[:300]}"
+    text = " ".join(str(error).split())
+    if len(text) > 400:  # Of a long one, what failed and why.
+        text = f"{text[:200]} ... {text[-180:]}"
+    return f"{type(error).__name__}: {text}"
 
 
 def _set_aside(saved, step):
