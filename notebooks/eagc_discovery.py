@@ -314,9 +314,9 @@ for axes, name in zip(panels, ("GDC", "SOC")):
 plt.show()
 
 # %% [markdown]
-# Both numbers *rise* as discovery begins, with EAGC as without. On these digits and with
-# this seed EAGC keeps both a little lower: GDC by 0.003 in the first 200 steps and 0.03
-# in the last, SOC by 0.01 and 0.03.
+# Both numbers *rise* as discovery begins, with EAGC as without. On these digits and
+# with this seed EAGC keeps both a little lower: GDC by 0.003 in the first 200 steps and
+# 0.03 in the last, SOC by 0.01 and 0.03.
 #
 # ## What was discovered?
 #

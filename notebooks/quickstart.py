@@ -254,7 +254,8 @@ for task, (axes, title) in enumerate(zip(panels, titles)):
     late = np.stack([curve[STEPS // 3 :, task] for curve in curves.values()])
     for name, curve in curves.items():
         axes.plot(curve[:, task], lw=0.8, label=name)
-    axes.set(title=title, xlabel="step", ylim=(late.min(), late.max() + 1))
+    axes.set(title=title, xlabel="step", xlim=(STEPS // 3, STEPS))
+    axes.set_ylim(late.min(), late.max() + 1)
 panels[0].legend(frameon=False)
 plt.show()
 for name, curve in curves.items():

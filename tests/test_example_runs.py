@@ -1,7 +1,7 @@
 """What all examples share: flags, logs, checkpoints, files; nothing is compiled here.
 
-A run may be killed at any byte that it writes, its disk may be full and its files broken:
-each of these is made here, and what must remain follows from what was written before.
+A run may be killed at any byte that it writes, its disk may be full and its files
+broken: each of these is made here, and what must remain follows from what was written.
 """
 
 import dataclasses
@@ -115,16 +115,14 @@ def test_settings_that_cannot_work(config, arguments, message, capsys):
 def write_log(file, count):
     log = runs.Log(file, ["step", "loss", "cosine"], last=0)
     for step in range(1, count + 1):
-        log.write(
-            {"step": step, "loss": step / 3} | ({"cosine": -1} if step % 2 else {})
-        )
+        cosine = {"cosine": -1} if step % 2 else {}
+        log.write({"step": step, "loss": step / 3} | cosine)
     return runs.read(file)
 
 
 def same(rows, expected):
-    return [list(row.values()) for row in rows] == pytest.approx(
-        [list(row.values()) for row in expected], nan_ok=True, abs=0, rel=0
-    )
+    values = lambda rows: np.array([list(row.values()) for row in rows])
+    return np.array_equal(values(rows), values(expected), equal_nan=True)
 
 
 def test_a_log_cut_at_any_byte_keeps_the_rows_before_and_no_other(tmp_path):
@@ -283,7 +281,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named():
         def save(self, *_, **__):
             raise ValueError("RESOURCE_EXHAUSTED: " + "x" * 1000 + ": No space left")
 
-    with pytest.raises(OSError, match="checkpoint 7 in runs/a.*No space left$"):
+    with pytest.raises(OSError, match=r"checkpoint 7 in runs/a.*No space left$"):
         runs.save(Full(), 7, {})
 
 
