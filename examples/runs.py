@@ -8,11 +8,13 @@ be read is named, and the run goes on from what can.
 import contextlib
 import csv
 import dataclasses
+import functools
 import gc
 import json
 import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -120,6 +122,7 @@ def check_settings(folder: pathlib.Path, config: Any, last: int | None) -> None:
 
 def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
     """The last two checkpoints of the run in a folder."""
+    _ignore_late_reports()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, enable_async_checkpointing=False
     )
@@ -204,6 +207,23 @@ def _named(file):
         if error.filename is None:
             error.filename = str(file)
         raise
+
+
+@functools.cache  # Once.
+def _ignore_late_reports():
+    """Drops what threads tell an event loop that Orbax closed when something failed.
+
+    It says nothing of what failed, and may be the last that the user sees.
+    """
+    otherwise = sys.unraisablehook
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        closed = isinstance(error, RuntimeError) and "loop is closed" in str(error)
+        if not closed:
+            otherwise(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _in_one_line(error):

@@ -254,7 +254,7 @@ moments = {f"step {STEPS // 3}": early_params, f"step {STEPS}": gcond_params}
 figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
 for axes, (moment, params) in zip(panels, moments.items()):
     values = [agreement(count, params, jax.random.key(4)) for count in counts]
-    means = np.stack([v.mean(0) for v in values])
+    means = np.stack([v.mean(0) for v in values]).astype(float)
     low, high = np.quantile(np.stack(values), (0.25, 0.75), axis=1)
     for task, name in enumerate(("l1", "ssim")):
         axes.fill_between(counts, low[:, task], high[:, task], alpha=0.2)
