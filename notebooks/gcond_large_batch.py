@@ -224,7 +224,7 @@ plt.show()
 # Lines are means over eight pairs of batches, bands the middle half of the pairs. The
 # more micro-batches, the more a batch knows of its task: a third into the training one
 # alone knows half, eight or sixteen nearly all. At the end little is left to learn, and
-# the gradients of even sixteen are mostly noise.
+# the gradients of even sixteen are half noise or more.
 
 # %%
 PAIRS = 4 if os.environ.get("FAST") else 8

@@ -76,7 +76,8 @@ def test_a_name_that_is_not_one_is_refused(flag, capsys):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_help_says_what_each_flag_means_and_its_default(name, capsys):
+def test_help_says_what_each_flag_means_and_its_default(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # No word is divided.
     with pytest.raises(SystemExit):
         CONFIGS[name].parse(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
