@@ -256,7 +256,7 @@ for task, (axes, title) in enumerate(zip(panels, titles)):
         axes.plot(curve[:, task], lw=0.8, label=name)
     axes.set(title=title, xlabel="step", xlim=(STEPS // 3, STEPS))
     axes.set_ylim(late.min(), late.max() + 1)
-panels[0].legend(frameon=False)
+panels[1].legend(frameon=False, loc="lower right")
 plt.show()
 for name, curve in curves.items():
     print(f"{name:>8}", curve[-1].round(1))
