@@ -64,14 +64,16 @@ def read(file: pathlib.Path) -> list[dict[str, float]]:
     """
     if not file.exists():
         return []
-    whole, _, _ = file.read_text().rpartition("\n")
     try:
+        whole, _, _ = file.read_text().rpartition("\n")
         return [
             {name: float(value or "nan") for name, value in row.items()}
             for row in csv.DictReader(whole.splitlines())
         ]
-    except (TypeError, ValueError) as error:  # None: a row with fewer cells.
-        raise ValueError(f"{file} is not a table of numbers: {error}") from error
+    except (TypeError, ValueError) as error:  # TypeError: a row has too many cells.
+        raise ValueError(
+            f"{file} is not a table of numbers, mend or remove it: {error}"
+        ) from error
 
 
 # On these the result of a run does not depend.

@@ -152,6 +152,14 @@ def test_a_log_with_line_ends_of_earlier_runs(tmp_path):
     assert same(runs.read(file), rows)
 
 
+@pytest.mark.parametrize("content", [b"step\nten\n", b"step\n1,2\n", b"\xff\xfe\n"])
+def test_a_log_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"log\.csv is not a table of numbers"):
+        runs.Log(tmp_path / "log.csv", ["step"], last=1)
+    assert (tmp_path / "log.csv").read_bytes() == content
+
+
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
 def test_killed_while_a_file_is_rewritten_the_old_one_is_whole(
     fails, tmp_path, monkeypatch

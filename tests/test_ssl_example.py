@@ -188,8 +188,9 @@ def test_measure_searches_a_rate_for_other_seeds(tmp_path, monkeypatch, capsys):
     cells = ["0.004", "2.000 ± 1.000", "+0.000 ± 0.000", "0.500 ± 0.000"]
     row = " | ".join(["| PCGrad, exact", *cells, "+0.000 ± 0.000", "50 % |"])
     assert row in capsys.readouterr().out
-    measure.main(flags)
+    measure.main([*flags, "--figure"])
     assert len(made) == 16  # None is repeated.
+    assert (tmp_path / "differences.png").stat().st_size > 0
 
 
 def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
