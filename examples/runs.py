@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -230,8 +231,9 @@ def _ignore_late_reports():
 
 def _in_one_line(error):
     text = " ".join(str(error).split())
-    if len(text) > 400:  # Of a long one, what failed and why.
-        text = f"{text[:200]} ... {text[-180:]}"
+    text, *_ = re.split(r" \[\w+=", text)  # TensorStore appends details for machines.
+    if len(text) > 500:  # Of a long one, what failed and why.
+        text = f"{text[:250]} ... {text[-230:]}"
     return f"{type(error).__name__}: {text}"
 
 
