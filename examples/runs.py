@@ -231,7 +231,7 @@ def _ignore_late_reports():
 
 def _in_one_line(error):
     text = " ".join(str(error).split())
-    text, *_ = re.split(r" \[\w+=", text)  # TensorStore appends details for machines.
+    text, *_ = re.split(r" \[\S+?=", text)  # TensorStore appends details for machines.
     if len(text) > 500:  # Of a long one, what failed and why.
         text = f"{text[:250]} ... {text[-230:]}"
     return f"{type(error).__name__}: {text}"
