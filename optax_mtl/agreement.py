@@ -108,7 +108,8 @@ def scale_by_agreement(
             return updates, state
         gram = tasks.gram(updates)
         if isinstance(updates, tasks.GramView):  # Computed once for the chain as well.
-            updates = tasks.GramView(count, lambda: gram, updates.combine)
+            ways = updates.combine, updates.combine_some, updates.compute_apart
+            updates = tasks.GramView(count, lambda: gram, *ways)
         now = tasks.conflicts(gram).alignment
         if measure == "cosine":
             now = mean_cosine(gram)
@@ -116,10 +117,11 @@ def scale_by_agreement(
         average = smoothing * state.agreement + (1 - smoothing) * now
         debiased = average / (1 - smoothing**steps)
         new = (steps, average, next_factor(state, debiased))
-        # Without any gradient there is nothing to measure.
-        measured = base.all_finite(gram) & jnp.any(tasks.present(gram))
-        kept = base.keep_if(measured, new, state[1:])
         out, inner = tx.update(updates, state.inner, params, **extra_args)
+        # Without any gradient there is nothing to measure, and nothing in a step that
+        # is to be skipped.
+        measured = base.all_finite((gram, out)) & jnp.any(tasks.present(gram))
+        kept = base.keep_if(measured, new, state[1:])
         new_state = AgreementState(inner, *kept)
         scale = lambda u: (new_state.factor * u).astype(u.dtype)
         return jax.tree.map(scale, out), new_state

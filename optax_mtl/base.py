@@ -59,11 +59,14 @@ def from_gram(
 
 def from_losses(
     weights_fn: Callable[[jax.Array], jax.Array],
+    *,
+    min_losses: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method out of weights that depend on the losses alone.
 
     Args:
       weights_fn: maps the losses, shape ``(T,)``, to weights, ``(T,)``.
+      min_losses: as in :func:`from_state`.
 
     Returns:
       A gradient transformation that aggregates stacked updates and needs the
@@ -81,6 +84,7 @@ def from_losses(
         optax.EmptyState,
         lambda state, losses: (weights_fn(losses), state),
         reads=["losses"],
+        min_losses=min_losses,
     )
 
 
@@ -90,6 +94,7 @@ def from_state(
     num_tasks: int | None = None,
     *,
     reads: Sequence[str],
+    min_losses: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method out of weights that depend on a small state as well.
 
@@ -101,10 +106,14 @@ def from_state(
       reads: what ``step`` reads: any of ``"gram"`` (shape ``(T, T)``) and
         ``"losses"`` (shape ``(T,)``); with neither, the number of tasks is
         passed as ``count``.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, for a
+        ``step`` that takes losses for magnitudes: it gets :func:`losses_above` them.
+        ``None`` hands the losses on as they are.
 
     Returns:
       A gradient transformation that aggregates stacked updates. Where what it
-      read is not finite, the weights are NaN and the state stays as it was.
+      read is not finite, the weights are NaN; where the update is not, the state
+      stays as it was.
     """
 
     def init(params):
@@ -120,13 +129,15 @@ def from_state(
         if "gram" in reads:
             measured["gram"] = tasks.gram(updates)
         if "losses" in reads:
-            measured["losses"] = tasks.stack_losses(losses, count)
+            measured["losses"] = losses_above(
+                tasks.stack_losses(losses, count), min_losses
+            )
         finite = all_finite(measured)
         with jax.default_matmul_precision("highest"):  # GPUs and TPUs round else.
             weights, new_state = step(state, **(measured or {"count": count}))
-        weights = jnp.where(finite, weights, jnp.nan)
-        new_state = keep_if(jnp.all(jnp.isfinite(weights)), new_state, state)
-        return tasks.combine(weights, updates), new_state
+        # Whoever reads no gradients learns here alone that they are not finite.
+        update = tasks.combine(jnp.where(finite, weights, jnp.nan), updates)
+        return update, keep_if(all_finite(update), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -184,6 +195,7 @@ def with_reference(
     reference: jax.typing.ArrayLike | None,
     warmup_steps: int,
     window: int,
+    min_losses: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method that compares the losses with given or with measured ones.
 
@@ -195,13 +207,16 @@ def with_reference(
         of steps, in and before which the sum of the log losses is minimised.
       warmup_steps: steps before the window.
       window: number of steps in it.
+      min_losses: lower bounds, from which both are counted.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
     """
     if reference is not None:
-        given = jnp.asarray(reference, float)
-        return from_losses(lambda losses: weights_fn(losses, given))
+        given = jnp.asarray(reference, float) - jnp.asarray(min_losses, float)
+        return from_losses(
+            lambda losses: weights_fn(losses, given), min_losses=min_losses
+        )
     check_range("window", window, positive=True)
 
     def init_fn():
@@ -225,7 +240,46 @@ def with_reference(
             total=state.total + jnp.where(in_window, losses, 0),
         )
 
-    return from_state(init_fn, step, num_tasks, reads=["losses"])
+    return from_state(init_fn, step, num_tasks, reads=["losses"], min_losses=min_losses)
+
+
+def losses_above(
+    losses: jax.Array, min_losses: jax.typing.ArrayLike | None
+) -> jax.Array:
+    """The losses minus their lower bounds; NaN for a loss below its own.
+
+    A loss of exactly 0, that of an absent task, stays 0. One that is exactly at its
+    bound cannot fall and becomes 0 as well: there is nothing to weigh.
+
+    Args:
+      losses: shape ``(T,)``.
+      min_losses: one number or shape ``(T,)``; ``None`` returns the losses.
+
+    Returns:
+      Array of shape ``(T,)``.
+
+    Raises:
+      ValueError: for a number of bounds other than T.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_mtl import base
+      >>> losses = jnp.array([2.0, -0.5, 0.0, -1.0])
+      >>> print(base.losses_above(losses, -1.0))
+      [3.  0.5 0.  0. ]
+      >>> print(base.losses_above(losses, 0.0))
+      [ 2. nan  0. nan]
+    """
+    if min_losses is None:
+        return losses
+    bounds = jnp.asarray(min_losses, losses.dtype)
+    if bounds.ndim and bounds.shape != losses.shape:
+        raise ValueError(
+            f"min_losses has shape {bounds.shape}, but there are {len(losses)} tasks;"
+            " give one number, or one for each task"
+        )
+    above = jnp.where(losses == 0, 0, losses - bounds)
+    return jnp.where(above >= 0, above, jnp.nan)
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -385,3 +439,14 @@ def update_each(
 def reciprocal(x: jax.Array) -> jax.Array:
     """One over each entry, and 0 for an entry of 0: that of an absent task."""
     return jnp.where(x != 0, 1 / jnp.where(x != 0, x, 1), 0)
+
+
+def softmax(logits: jax.Array, exists: jax.Array, axis: int = -1) -> jax.Array:
+    """Softmax over the tasks that are present; 0 for the others, and for all if none.
+
+    With ``where`` alone, that of JAX is NaN without any, and infinite on the way.
+    """
+    lowest = jnp.finfo(logits.dtype).min
+    top = jnp.max(jnp.where(exists, logits, lowest), axis=axis, keepdims=True)
+    sizes = jnp.where(exists, jnp.exp(jnp.where(exists, logits - top, 0)), 0)
+    return sizes * reciprocal(jnp.sum(sizes, axis=axis, keepdims=True))

@@ -144,40 +144,60 @@ def zero_outputs(step: Callable[[], Any], updates: optax.Updates) -> optax.Updat
     return jax.tree.map(zeros, jax.eval_shape(step)[0], updates)
 
 
-def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
-    """Makes tasks absent whose gradients are not finite.
+def zero_nonfinite(
+    tx: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes tasks absent whose gradients or losses are not finite.
 
-    Comes before a method, which then resolves the other tasks and leaves the
-    statistics of these alone. A method that reads losses needs a loss of 0 there as
-    well: ``losses=jnp.where(jnp.isfinite(losses), losses, 0)``.
+    Around a method, or a chain that begins with one, it sets the gradients and the
+    losses of such tasks to 0: the method resolves the other tasks, and leaves the
+    statistics of these alone. In front of a method, as a link of a chain, it hands
+    nothing but gradients on; a method that reads losses then gets them as they are.
+
+    In :func:`value_and_grad` a task is left out whose loss is not finite, or whose
+    gradient is not, without harm to the others if the losses have names, as in a dict,
+    and are 8 at most: then each is differentiated for itself. Losses in a vector are
+    differentiated together, and a derivative that is not finite spoils what meets it
+    on the way back (0 times infinity), also for the other tasks: where none is left,
+    the update is zero and the state stays.
+
+    Args:
+      tx: a method, or a chain that begins with one; ``None`` for a link in front of it.
 
     Returns:
-      A gradient transformation from stacked updates to stacked updates.
+      A gradient transformation; with ``tx`` its updates and its state, else one from
+      stacked updates to stacked updates.
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> import optax, optax_mtl
-      >>> method = optax.chain(optax_mtl.zero_nonfinite(), optax_mtl.cagrad())
-      >>> updates = jnp.array([[3.0, 4], [jnp.nan, 0]])
-      >>> update, _ = method.update(updates, method.init(jnp.zeros(2)))
-      >>> alone, _ = method.update(updates[:1], method.init(jnp.zeros(2)))
-      >>> print(jnp.allclose(update, alone))
-      True
+      >>> import optax_mtl
+      >>> method = optax_mtl.zero_nonfinite(optax_mtl.gls())
+      >>> updates = jnp.array([[3.0, 4], [jnp.nan, 0], [5, 6]])
+      >>> losses = {"a": 2.0, "b": jnp.nan, "c": 0.5}
+      >>> update, _ = method.update(updates, method.init(jnp.zeros(2)), losses=losses)
+      >>> print(update)  # Of the first and the last alone.
+      [5.75 7.  ]
+
+    .. note::
+      Where the gradients are known through their Gram matrix alone, it is computed in
+      every step, also for a method that reads losses alone.
     """
+    inner = optax.with_extra_args_support(optax.identity() if tx is None else tx)
 
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        if tasks.check_stacked(updates, params, reader="zero_nonfinite") is None:
-            return updates, state
-        finite_entries = lambda g: jnp.isfinite(g).all(axis=tuple(range(1, g.ndim)))
-        finite = jnp.stack(jax.tree.leaves(jax.tree.map(finite_entries, updates)))
-        keep = finite.all(axis=0)
-        drop = lambda g: jnp.where(tasks.along_tasks(keep, g), g, 0)
-        return jax.tree.map(drop, updates), state
+    def update(updates, state, params=None, *, losses=None, **extra_args):
+        count = tasks.check_stacked(updates, params, gram_suffices=True)
+        if count is not None:
+            if isinstance(updates, tasks.GramView):
+                updates = updates.apart()
+            keep = tasks.finite_tasks(updates)
+            if losses is not None:
+                losses = tasks.stack_losses(losses, count)
+                keep &= jnp.isfinite(losses)
+                losses = jnp.where(keep, losses, 0)
+            updates = tasks.drop_tasks(keep, updates)
+        return inner.update(updates, state, params, losses=losses, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(), update
-    )
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def sum_tasks() -> optax.GradientTransformationExtraArgs:

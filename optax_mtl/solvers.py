@@ -42,12 +42,14 @@ def project_simplex(v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
       [0.   0.75 0.25]
     """
     mask = jnp.ones(v.shape, bool) if mask is None else mask
-    # Shifting by the largest entry changes nothing, and keeps small gaps exact.
-    v = jnp.where(mask, v - jnp.max(v, where=mask, initial=-jnp.inf), -jnp.inf)
+    # Shifting by the largest entry changes nothing, and keeps small gaps exact. What
+    # lies 1 below it or more gets no weight.
+    top = jnp.max(jnp.where(mask, v, jnp.finfo(v.dtype).min))
+    v = jnp.where(mask, v - top, -2)
     descending = -jnp.sort(-v)
     count = jnp.arange(1, len(v) + 1, dtype=v.dtype)
     thresholds = (jnp.cumsum(descending) - 1) / count
-    threshold = jnp.max(jnp.where(descending > thresholds, thresholds, -jnp.inf))
+    threshold = jnp.max(jnp.where(descending > thresholds, thresholds, thresholds[0]))
     return jnp.where(mask, jnp.maximum(v - threshold, 0), 0)
 
 

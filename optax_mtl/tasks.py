@@ -27,6 +27,10 @@ class GramView:
       combine: maps weights, shape ``(T,)``, to the weighted sum of the gradients,
         so that what follows a method in a chain receives a gradient. By default
         the weights take its place.
+      combine_some: maps weights and the tasks to keep, both of shape ``(T,)``, to the
+        sum over these alone, whatever the others hold, if there is a way to do so.
+      compute_apart: the Gram matrix, at any price such that what is not finite in one
+        task is so in its row and its column alone; by default ``compute``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -43,10 +47,19 @@ class GramView:
         num_tasks: int,
         compute: Callable[[], jax.Array],
         combine: Callable[[jax.Array], optax.Updates] | None = None,
+        combine_some: Callable[[jax.Array, jax.Array], optax.Updates] | None = None,
+        compute_apart: Callable[[], jax.Array] | None = None,
     ):
         self.num_tasks = num_tasks
         self.compute = compute
         self.combine = combine or (lambda weights: weights)
+        self.combine_some = combine_some
+        self.compute_apart = compute_apart or compute
+
+    def apart(self) -> "GramView":
+        """The same gradients, measured now, and apart as far as they can be."""
+        matrix = self.compute_apart()
+        return GramView(self.num_tasks, lambda: matrix, self.combine, self.combine_some)
 
     def refuse(self, reader: str = "this chain") -> NoReturn:
         """Raises the error that names the way to the gradients themselves."""
@@ -506,10 +519,58 @@ def has_gradient(updates: optax.Updates) -> jax.Array:
 def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:
     """Multiplies the gradient of each task by its own factor, shape ``(T,)``."""
     if isinstance(updates, GramView):
+        some = updates.combine_some
+        products = jnp.outer(factors, factors)
         return GramView(
             updates.num_tasks,
-            lambda: jnp.outer(factors, factors) * gram(updates),
+            lambda: products * gram(updates),
             lambda weights: combine(factors * weights, updates),
+            some and (lambda weights, keep: some(factors * weights, keep)),
+            lambda: products * updates.compute_apart(),
         )
     scale = lambda x: (along_tasks(factors, x) * x).astype(x.dtype)
     return jax.tree.map(scale, updates)
+
+
+def finite_tasks(updates: optax.Updates) -> jax.Array:
+    """Which tasks have finite gradients, shape ``(T,)``."""
+    if isinstance(updates, GramView):
+        return jnp.isfinite(jnp.diagonal(gram(updates)))
+    finite = lambda x: jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+    return jnp.stack([finite(x) for x in jax.tree.leaves(updates)]).all(axis=0)
+
+
+def drop_tasks(keep: jax.Array, updates: optax.Updates) -> optax.Updates:
+    """Sets the gradients of all but some tasks to 0, also those that are not finite.
+
+    Args:
+      keep: which tasks to keep, shape ``(T,)``.
+      updates: stacked gradients, leaves of shape ``(T, *p)``; or a
+        :class:`GramView`.
+
+    Returns:
+      Stacked gradients or a view of them.
+    """
+    if isinstance(updates, GramView):
+
+        def combine_all(weights):
+            # Without a way around the others, what is left of none is still zero.
+            some = lambda x: jnp.where(keep.any(), x, 0)
+            return jax.tree.map(some, updates.combine(weights))
+
+        def combine_kept(weights):
+            weights = jnp.where(keep, weights, 0)
+            combine_some = updates.combine_some
+            if combine_some is None:
+                return combine_all(weights)
+            return jax.lax.cond(
+                keep.all(),
+                lambda: updates.combine(weights),
+                lambda: combine_some(weights, keep),
+            )
+
+        both = jnp.outer(keep, keep)
+        matrix = jnp.where(both, gram(updates), 0)
+        return GramView(updates.num_tasks, lambda: matrix, combine_kept)
+    drop = lambda x: jnp.where(along_tasks(keep, x), x, 0)
+    return jax.tree.map(drop, updates)

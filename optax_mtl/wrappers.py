@@ -67,19 +67,25 @@ def per_task(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def log_losses() -> optax.GradientTransformationExtraArgs:
+def log_losses(
+    *, min_losses: jax.typing.ArrayLike = 0.0
+) -> optax.GradientTransformationExtraArgs:
     r"""Turns the gradients of the losses into those of their logarithms.
 
     .. math::
 
-      g_i \leftarrow \frac{g_i}{L_i}
+      g_i \leftarrow \nabla \log (L_i - b_i) = \frac{g_i}{L_i - b_i}
 
     In front of a method, this makes it indifferent to the units of the losses.
 
+    Args:
+      min_losses: :math:`b`, lower bounds of the losses, one number or shape ``(T,)``.
+        Below its bound a loss has no logarithm, and its gradient becomes NaN.
+
     Returns:
       A gradient transformation from stacked updates to stacked updates that reads
-      the extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      the extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -96,8 +102,8 @@ def log_losses() -> optax.GradientTransformationExtraArgs:
         count = tasks.check_stacked(updates, params, gram_suffices=True)
         if count is None:
             return updates, state
-        losses = tasks.stack_losses(losses, count)
-        return tasks.scale_tasks(base.reciprocal(losses), updates), state
+        above = base.losses_above(tasks.stack_losses(losses, count), min_losses)
+        return tasks.scale_tasks(base.reciprocal(above), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -197,8 +203,8 @@ def smooth_weights(
             weights=jnp.where(exists, average, state.weights),
             inner=inner,
         )
-        new_state = base.keep_if(base.all_finite(weights), new_state, state)
-        return tasks.combine(jnp.where(exists, average, 0), updates), new_state
+        out = tasks.combine(jnp.where(exists, average, 0), updates)
+        return out, base.keep_if(base.all_finite(out), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -340,7 +346,8 @@ def with_sharded_parameters(
       G = \sum_{s} G^{(s)}, \quad d^{(s)} = \sum_i w_i(G) \, g_i^{(s)}
 
     over the shards :math:`s`: all devices agree on the weights by one all-reduce of
-    ``T x T`` numbers. Sharded ``jax.jit`` needs no such wrapper.
+    ``T x T`` numbers, and on whether the update is finite. Sharded ``jax.jit`` needs
+    no such wrapper.
 
     Args:
       method: any method that makes its weights from inner products or losses; not
@@ -387,7 +394,10 @@ def with_sharded_parameters(
             return jax.lax.psum(gram(split), axis_name) + gram(whole)
 
         view = tasks.GramView(count, compute)
-        weights, state = method.update(view, state, **extra_args)
-        return tasks.combine(weights, updates), state
+        weights, new_state = method.update(view, state, **extra_args)
+        out = tasks.combine(weights, updates)
+        # All devices agree on the state, too.
+        failed = jax.lax.psum(~base.all_finite(out) + 0, axis_name)
+        return out, base.keep_if(failed == 0, new_state, state)
 
     return optax.GradientTransformationExtraArgs(method.init, update)

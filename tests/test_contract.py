@@ -158,9 +158,7 @@ def test_non_finite_gradients_pass_and_leave_nothing_behind(name):
         bad["w"] = bad["w"].at[1, 0, 0].set(value)
         update, after = step(bad, state)
         assert not jnp.all(jnp.isfinite(update["w"]))
-        chex.assert_tree_all_finite(unwrap_keys(after))
-        if optax_mtl.METHODS[name].reads & {"gram", "gradients"}:
-            chex.assert_trees_all_equal(unwrap_keys(after), unwrap_keys(state))
+        chex.assert_trees_all_equal(unwrap_keys(after), unwrap_keys(state))
 
 
 @every_method

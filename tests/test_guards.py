@@ -79,13 +79,6 @@ def test_nonfinite_tasks_are_absent(name):
     assert_equal(untouched, method.update(UPDATES, method.init(PARAMS), PARAMS)[0])
 
 
-def test_zero_nonfinite_needs_the_gradients():
-    guarded = optax.chain(optax_mtl.zero_nonfinite(), optax_mtl.cagrad())
-    fn = optax_mtl.value_and_grad(lambda p: p["w"][0], guarded)
-    with pytest.raises(TypeError, match="value_and_task_grads"):
-        fn(PARAMS, guarded.init(PARAMS))
-
-
 def test_sum_and_mean():
     for method, reduce in (
         (optax_mtl.sum_tasks(), jnp.sum),

@@ -225,7 +225,7 @@ def multi_steps(
         return MultiStepsState(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
-            losses=jnp.zeros(num_tasks, jnp.float32),
+            losses=jnp.zeros(num_tasks),
             acc_grads=merge(*totals),
             inner_opt_state=tx.init(params),
         )
@@ -243,12 +243,14 @@ def multi_steps(
             totals = _add_at(totals, task, shared_part, per_task)
             if losses is not None:
                 loss = losses if jnp.ndim(losses) == 0 else losses[task]
-                vector = vector.at[task].add(loss / per_task)
+                share = jnp.asarray(loss / per_task, vector.dtype)
+                vector = vector.at[task].add(share)
         else:
             tasks.check_stacked(shared_part, None, num_tasks)
             totals = _add(totals, shared_part, per_task)
             if losses is not None:
-                vector += tasks.stack_losses(losses, num_tasks) / per_task
+                share = tasks.stack_losses(losses, num_tasks) / per_task
+                vector += share.astype(vector.dtype)
         accumulated = merge(totals, _add(head_totals, heads, per_task))
         extra_args["losses"] = None if losses is None else vector
         step = lambda: tx.update(

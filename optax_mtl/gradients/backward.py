@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_mtl import tasks
 from optax_mtl.gradients.sharing import merge
@@ -44,12 +45,28 @@ def pull_back_each(push_forward, primals, losses):
     basis = basis_of(losses)
     if not isinstance(losses, list):
         return jax.vmap(jax.linear_transpose(push_forward, *primals))(basis)
-    rows = []
-    for task in range(len(losses)):
-        # Transposed by itself, so that only the head of this task is traversed.
-        one = lambda *tangents, task=task: push_forward(*tangents)[task]
-        rows.append(jax.linear_transpose(one, *primals)(basis[task][task]))
+    rows = [
+        pull_back_one(push_forward, primals, task, basis[task][task])
+        for task in range(len(losses))
+    ]
     return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
+
+
+def pull_back_one(push_forward, primals, task, cotangent):
+    """Gradient of one of a list of losses, times a number."""
+    # Transposed by itself, so that only the head of this task is traversed.
+    one = lambda *tangents: push_forward(*tangents)[task]
+    return jax.linear_transpose(one, *primals)(cotangent)
+
+
+def pull_back_some(push_forward, primals, weights, keep):
+    """Weighted sum of the gradients of some of a list of losses."""
+    total = optax.tree.zeros_like(primals)
+    for task, weight in enumerate(weights):
+        gradient = pull_back_one(push_forward, primals, task, weight)
+        add = lambda t, g, task=task: t + jnp.where(keep[task], g, 0)
+        total = jax.tree.map(add, total, gradient)
+    return total
 
 
 def take_aux(value: Any, has_aux: bool, name: str = "losses_fn") -> tuple[Any, Any]:

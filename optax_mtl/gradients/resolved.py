@@ -11,6 +11,8 @@ from optax_mtl import tasks
 from optax_mtl.gradients.backward import (
     basis_of,
     pull_back_each,
+    pull_back_one,
+    pull_back_some,
     vector_fn,
 )
 from optax_mtl.gradients.resolver import Resolver, resolve
@@ -117,7 +119,7 @@ def value_and_grad(
         pull_back = jax.linear_transpose(push_forward, *primals)
         vector = tasks.stack_losses(losses, None)
 
-        def compute_gram():
+        def compute_gram(pull_back_task=lambda _, cotangent: pull_back(cotangent)[0]):
             if mode == "leafwise":
                 return tasks.gram(pull_back_each(push_forward, primals, losses)[0])
             # Linearized again to leave out the heads, not to multiply them by zero.
@@ -135,26 +137,46 @@ def value_and_grad(
                 # conjugate of what JAX calls its gradient.
                 return tasks.stack_losses(push(optax.tree.conj(grads)), None)
 
-            def column(cotangent):
+            def column(inputs):
+                task, cotangent = inputs
                 # A branch, always taken, since XLA finishes what precedes a branch:
                 # in one piece, all layers would be pulled and pushed at once.
                 return jax.lax.cond(
                     tasks.stack_losses(cotangent, None).sum() > 0,
                     push_vector,
                     lambda _: jnp.zeros_like(vector),
-                    pull_back(cotangent)[0],
+                    pull_back_task(task, cotangent),
                 )
 
             # A loop, since written out XLA would hold the gradients of all tasks.
-            gram = jax.lax.map(column, basis_of(losses))
+            inputs = jnp.arange(len(vector)), basis_of(losses)
+            gram = jax.lax.map(column, inputs)
             return (gram + gram.T) / 2
+
+        def pull_back_apart(task, cotangent):
+            branch = lambda i: (
+                lambda: pull_back_one(push_forward, primals, i, cotangent[i])
+            )
+            return jax.lax.switch(task, [branch(i) for i in range(len(vector))])[0]
 
         def combine(weights):
             weights = weights.astype(vector.dtype)
             listed = isinstance(losses, list)
             return pull_back(list(weights) if listed else weights)[0]
 
+        def combine_some(weights, keep):
+            weights = list(weights.astype(vector.dtype))
+            return pull_back_some(push_forward, primals, weights, keep)[0]
+
         view = tasks.GramView(len(vector), compute_gram, combine)
+        if isinstance(losses, list):  # Losses that can be pulled back one by one.
+            view = tasks.GramView(
+                len(vector),
+                compute_gram,
+                combine,
+                combine_some,
+                lambda: compute_gram(pull_back_apart),
+            )
         grads, state = resolve(method, view, state, primals[0], vector, init_call)
         ones = jax.tree.map(jnp.ones_like, losses)
         return value, merge(grads, pull_back(ones)[1]), state

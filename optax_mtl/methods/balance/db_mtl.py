@@ -14,6 +14,7 @@ def db_mtl(
     *,
     beta: jax.typing.ArrayLike = 0.9,
     sigma: jax.typing.ArrayLike = 0.0,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Dual balancing (DB-MTL), of the scales of losses and of gradients.
 
@@ -22,7 +23,7 @@ def db_mtl(
 
     .. math::
 
-      Y_i \leftarrow \beta_k Y_i + (1 - \beta_k) \frac{g_i}{L_i}, \quad
+      Y_i \leftarrow \beta_k Y_i + (1 - \beta_k) \frac{g_i}{L_i - b_i}, \quad
       \beta_k = \frac{\beta}{k^\sigma}, \quad
       d = \sum_i \frac{\max_j \|Y_j\|}{\|Y_i\|} Y_i
 
@@ -31,11 +32,13 @@ def db_mtl(
       beta: decay of the averages. With ``beta=0`` there are none in the state, and
         the method reads only the Gram matrix and the losses.
       sigma: how fast the decay vanishes with the number of steps k of the task.
+      min_losses: :math:`b`, lower bounds of the losses, one number or shape ``(T,)``.
+        Below its bound a loss has no logarithm, and the update is NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -62,10 +65,14 @@ def db_mtl(
             return inverse_norm_weights(log_gram, "max") * inverse, state
 
         return base.from_state(
-            optax.EmptyState, weights_fn, num_tasks, reads=["gram", "losses"]
+            optax.EmptyState,
+            weights_fn,
+            num_tasks,
+            reads=["gram", "losses"],
+            min_losses=min_losses,
         )
     return optax.chain(
-        log_losses(),
+        log_losses(min_losses=min_losses),
         per_task(scheduled_ema(lambda k: beta / k**sigma), num_tasks),
         inverse_norm("max"),
     )

@@ -125,7 +125,7 @@ def energy_gate(
             / temperature
         )
         takes_part = tasks.along_tasks(exists, g)
-        gates = exists.sum() * jax.nn.softmax(logits, axis=0, where=takes_part)
+        gates = exists.sum() * base.softmax(logits, takes_part, axis=0)
         return jnp.sum(jnp.where(takes_part, gates * g, 0), axis=0)
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -122,5 +122,4 @@ def excess_mtl_weights(logits: jax.Array, exists: jax.Array) -> jax.Array:
     Returns:
       Array of shape ``(T,)``.
     """
-    softmax = jax.nn.softmax(logits, where=exists)
-    return exists.sum() * jnp.where(exists, softmax, 0)
+    return exists.sum() * base.softmax(logits, exists)

@@ -25,6 +25,7 @@ def gradnorm(
     alpha: jax.typing.ArrayLike = 1.5,
     initial_losses: jax.typing.ArrayLike | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient normalization (GradNorm): all tasks train at similar rates.
 
@@ -49,11 +50,14 @@ def gradnorm(
         of classes. By default the first loss seen of each task.
       optimizer: of the weights, which it sees one by one; by default
         ``optax.adam(0.025, eps=1e-30)``, indifferent to the size of the gradients.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        they and the initial ones are counted. Below its bound one makes the weights
+        NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,13 +82,14 @@ def gradnorm(
       weights and in what counts as the initial loss.
     """
     optimizer = optax.adam(0.025, eps=1e-30) if optimizer is None else optimizer
-    known_losses = 0.0 if initial_losses is None else initial_losses
 
     def init_fn():
-        weights = jnp.ones(num_tasks)
+        weights, known = jnp.ones(num_tasks), jnp.zeros(num_tasks)
+        if initial_losses is not None:
+            known += jnp.asarray(initial_losses) - jnp.asarray(min_losses)
         return GradNormState(
             weights=weights,
-            initial_losses=jnp.full(num_tasks, jnp.asarray(known_losses), float),
+            initial_losses=known,
             optimizer=jax.vmap(optimizer.init)(weights),
         )
 
@@ -109,7 +114,9 @@ def gradnorm(
             optimizer=opt_state,
         )
 
-    return base.from_state(init_fn, step, num_tasks, reads=["gram", "losses"])
+    return base.from_state(
+        init_fn, step, num_tasks, reads=["gram", "losses"], min_losses=min_losses
+    )
 
 
 def gradnorm_gradient(

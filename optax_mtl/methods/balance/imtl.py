@@ -1,5 +1,6 @@
 """Impartial multi-task learning, gradients and losses together."""
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -9,7 +10,10 @@ from optax_mtl.methods.loss.imtl_l import init_balance, learn_balance
 
 
 def imtl(
-    num_tasks: int, *, optimizer: optax.GradientTransformation | None = None
+    num_tasks: int,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Impartial learning by gradients and losses (IMTL), the hybrid.
 
@@ -28,11 +32,14 @@ def imtl(
       num_tasks: number of tasks, T.
       optimizer: of the logarithms :math:`s` of the loss weights, which it sees one
         by one; by default ``optax.adam(0.025)``.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        they are counted. Below its bound there is no optimum, and the weights are
+        NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,4 +73,5 @@ def imtl(
         step,
         num_tasks,
         reads=["gram", "losses"],
+        min_losses=min_losses,
     )

@@ -76,8 +76,9 @@ def gcond(
         zones, in which the loser becomes zero (critical), the loser alone is
         projected (main), or both are projected without an arbiter (weak).
       reference: what a gradient should agree with to be called stable: the last
-        ``"accumulated"`` gradient (as in the paper) or the last ``"resolved"`` one
-        (as in the authors' code).
+        ``"accumulated"`` gradient (as in the paper) or the last ``"resolved"`` one.
+        The latter is the authors' code exactly, given their running norms, which
+        start at 1.
       dtype: of the stored last gradients; by default that of the parameters.
 
     Returns:
@@ -196,8 +197,8 @@ def gcond(
             direction = lambda x: tasks.along_tasks(inverse, x) * x
         else:
             squares = jnp.sum(_dot(unit, cosines) * unit, axis=1, keepdims=True)
-            length = jnp.sqrt(jnp.where(squares > 0, squares, jnp.inf))
-            direction = lambda x: _dot(unit / length * inverse[None], x)
+            inverse_length = base.reciprocal(jnp.sqrt(jnp.maximum(squares, 0)))
+            direction = lambda x: _dot(unit * inverse_length * inverse[None], x)
         remember = lambda x, p: jnp.where(
             tasks.along_tasks(here, p), direction(x).astype(p.dtype), p
         )
@@ -290,7 +291,7 @@ def gcond_coefficients(
 
 class _Conflict(NamedTuple):
     pair: jax.Array
-    cosine: jax.Array  # Infinite if no two gradients are in conflict.
+    cosine: jax.Array  # 2 if no two gradients are in conflict.
     lengths: jax.Array
 
 
@@ -306,7 +307,7 @@ def _worst_conflict(coefficients, gram, weak):
     cosine = gram / jnp.outer(lengths, lengths)
     slack = rounding * jnp.outer(terms / lengths, terms / lengths)
     conflicts = jnp.triu(jnp.outer(there, there) & (cosine < weak - slack), 1)
-    cosine = jnp.where(conflicts, cosine, jnp.inf)
+    cosine = jnp.where(conflicts, cosine, 2)
     pair = jnp.stack(jnp.unravel_index(cosine.argmin(), cosine.shape))
     return _Conflict(pair.astype(jnp.int32), cosine.min(), lengths)
 

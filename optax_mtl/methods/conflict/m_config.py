@@ -39,8 +39,9 @@ def m_config(
       \frac{d}{\sqrt{\hat{s}} + \epsilon}
 
     where :math:`\hat{s}` is the second moment, as in Adam, of the gradients of which
-    :math:`d` would be the first moment. Until every task has been seen the update is
-    zero. Chain it with :func:`optax.scale_by_learning_rate`, not with Adam.
+    :math:`d` would be the first moment. The update is zero in the first round, until
+    every task has been seen or one has been seen again; tasks that have not been seen
+    are left out. Chain it with :func:`optax.scale_by_learning_rate`, not with Adam.
 
     Args:
       num_tasks: number of tasks, T.
@@ -68,6 +69,9 @@ def m_config(
     References:
       Liu et al, `ConFIG: Towards Conflict-free Training of Physics Informed Neural
       Networks <https://arxiv.org/abs/2408.11104>`_, ICLR 2025
+
+    .. note::
+      The authors' code waits for every task, and for ever if one has no labels.
     """
 
     def init(params):
@@ -94,12 +98,13 @@ def m_config(
             updates,
         )
         counts = state.counts + exists
-        # No moves before every task was seen, nor where all tasks are absent.
-        moves = jnp.all(counts > 0) & jnp.any(exists)
+        # No moves in the first round, nor where all tasks are absent.
+        seen = counts > 0
+        moves = (jnp.all(seen) | jnp.any(counts > 1)) & jnp.any(exists)
 
         bias = lambda decay, count: 1 - decay ** jnp.maximum(count, 1)
         unbiased = tasks.scale_tasks(1 / bias(b1, counts), first)
-        weights = config_weights(tasks.gram(unbiased), jnp.ones(num_tasks))
+        weights = config_weights(tasks.gram(unbiased), seen.astype(float))
         resolved = tasks.combine(weights, unbiased)
         steps = optax.safe_increment(state.steps)
         direction = jax.tree.map(lambda d: d * bias(b1, steps), resolved)

@@ -14,6 +14,7 @@ def mgda(
     *,
     apply_to: str = "normalized",
     preference: jax.typing.ArrayLike | None = None,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiple-gradient descent algorithm (MGDA): the shortest convex combination.
 
@@ -35,11 +36,14 @@ def mgda(
       preference: factors of the normalised gradients, shape ``(T,)``. A task with a
         larger one counts as having longer gradients, and gets less weight; one with
         0 takes no part.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        a normalisation counts them. Below its bound one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates. With a
       normalisation by losses it reads the extra argument ``losses``, shape
-      ``(T,)``, above 0; a loss of exactly 0 then means an absent task.
+      ``(T,)``, above ``min_losses``; a loss of exactly 0, or exactly at its bound,
+      then means an absent task.
 
     Raises:
       ValueError: for an unknown ``normalization`` or ``apply_to``, and for a
@@ -85,12 +89,12 @@ def mgda(
             norms = jnp.sqrt(jnp.diagonal(gram))
             factors = factors / jnp.where(norms > 0, norms, 1)
         if by_loss:
-            factors = jnp.where(losses == 0, 0, factors / _nonzero(losses))
+            factors = factors * base.reciprocal(losses)
         weights = mgda_weights(gram, factors)
         return weights * factors if apply_to == "normalized" else weights, state
 
     reads = ["gram", "losses"] if by_loss else ["gram"]
-    return base.from_state(optax.EmptyState, step, reads=reads)
+    return base.from_state(optax.EmptyState, step, reads=reads, min_losses=min_losses)
 
 
 def mgda_weights(gram: jax.Array, factors: jax.Array | None = None) -> jax.Array:
@@ -107,7 +111,3 @@ def mgda_weights(gram: jax.Array, factors: jax.Array | None = None) -> jax.Array
     if factors is not None:
         gram = gram * jnp.outer(factors, factors)
     return solvers.simplex_qp(gram, mask=tasks.present(gram))
-
-
-def _nonzero(x):
-    return jnp.where(x == 0, 1, x)

@@ -29,6 +29,7 @@ def moco(
     gamma_sigma: jax.typing.ArrayLike = 0.5,
     normalize: str | None = None,
     lambda_map: str = "projection",
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multi-objective gradient correction (MoCo).
 
@@ -58,6 +59,8 @@ def moco(
         :math:`L_i g_i / \|g_i\|` and needs losses, as LibMTL does.
       lambda_map: ``"projection"`` onto the simplex, as in the paper, or
         ``"softmax"``, as LibMTL does, which keeps the weights near equal.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        ``normalize="loss"`` counts them. Below its bound one makes the update NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -88,10 +91,7 @@ def moco(
         raise ValueError(
             f"there is no lambda_map={lambda_map!r}; choose projection or softmax"
         )
-    to_simplex = {
-        "projection": solvers.project_simplex,
-        "softmax": lambda v, exists: jax.nn.softmax(v, where=exists),
-    }[lambda_map]
+    to_simplex = base.softmax if lambda_map == "softmax" else solvers.project_simplex
 
     def init_fn():
         return MoCoState(jnp.zeros([], jnp.int32), uniform(num_tasks))
@@ -104,13 +104,13 @@ def moco(
         return weights, MoCoState(optax.safe_increment(state.steps), stored)
 
     return optax.chain(
-        optax.identity() if normalize is None else _scale_to_losses(),
+        optax.identity() if normalize is None else _scale_to_losses(min_losses),
         per_task(scheduled_ema(lambda k: 1 - beta / k**beta_sigma), num_tasks),
         base.from_state(init_fn, step, num_tasks, reads=["gram"]),
     )
 
 
-def _scale_to_losses():
+def _scale_to_losses(min_losses):
     """Gives each gradient the norm of its loss."""
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
@@ -119,7 +119,8 @@ def _scale_to_losses():
         if count is None:
             return updates, state
         norms = jnp.sqrt(jnp.diagonal(tasks.gram(updates)))
-        factors = tasks.stack_losses(losses, count) * base.reciprocal(norms)
+        above = base.losses_above(tasks.stack_losses(losses, count), min_losses)
+        factors = above * base.reciprocal(norms)
         return tasks.scale_tasks(factors, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

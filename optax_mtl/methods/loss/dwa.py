@@ -17,7 +17,11 @@ class DWAState(NamedTuple):
 
 
 def dwa(
-    num_tasks: int, *, temperature: jax.typing.ArrayLike = 2.0, window: int = 25
+    num_tasks: int,
+    *,
+    temperature: jax.typing.ArrayLike = 2.0,
+    window: int = 25,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Dynamic weight average (DWA): more weight for losses that fall slowly.
 
@@ -35,11 +39,14 @@ def dwa(
       temperature: :math:`\tau`; a large one makes the weights equal.
       window: number of steps in an average. The paper compares epochs: give the
         number of steps in one.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        they are counted. Ratios of losses of either sign say nothing: below its
+        bound one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Raises:
       ValueError: for a temperature or a window that is not positive.
@@ -75,18 +82,19 @@ def dwa(
         known = state.seen >= 2 * window
         rates = jnp.where(known, recent.sum(axis=0) / older.sum(axis=0), 1.0)
         exists = losses != 0
-        weights = dwa_weights(jnp.where(exists, rates, -jnp.inf), temperature)
+        weights = dwa_weights(jnp.where(exists, rates, 0), temperature)
         history = jnp.concatenate([losses[None], state.history[:-1]])
         return weights, DWAState(
             seen=jnp.where(exists, optax.safe_increment(state.seen), state.seen),
             history=jnp.where(exists, history, state.history),
         )
 
-    return base.from_state(init_fn, step, num_tasks, reads=["losses"])
+    return base.from_state(
+        init_fn, step, num_tasks, reads=["losses"], min_losses=min_losses
+    )
 
 
 def dwa_weights(rates: jax.Array, temperature: jax.typing.ArrayLike = 2.0) -> jax.Array:
-    """Weights of :func:`dwa` from the rates of change of the losses, ``(T,)``."""
-    exists = jnp.isfinite(rates)
-    softmax = jax.nn.softmax(rates / temperature, where=exists)
-    return exists.sum() * jnp.where(exists, softmax, 0)
+    """Weights of :func:`dwa` from the ratios of the losses, ``(T,)``, 0 if absent."""
+    exists = rates != 0
+    return exists.sum() * base.softmax(rates / temperature, exists)

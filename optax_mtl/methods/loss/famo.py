@@ -13,7 +13,7 @@ class FAMOState(NamedTuple):
     """State of :func:`famo`."""
 
     logits: jax.Array  # Of the weights, shape `(T,)`.
-    losses: jax.Array  # Last loss of each task, 0 before the first, `(T,)`.
+    losses: jax.Array  # Last of each task above its bound, 0 before it, `(T,)`.
     losses_after: jax.Array  # From `famo_update`; 0 where unknown, `(T,)`.
     optimizer: optax.OptState  # Of each logit.
 
@@ -51,14 +51,14 @@ def famo(
       num_tasks: number of tasks, T.
       gamma: decay of the logits.
       min_losses: :math:`b`, lower bounds of the losses, one number or shape
-        ``(T,)``.
+        ``(T,)``. Below its bound a loss has no logarithm, and the weights are NaN.
       optimizer: of the logits, which it sees one by one; by default
         ``optax.adam(0.025)``.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
       extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
-      exactly 0 means an absent task.
+      exactly 0, or exactly at its bound, means an absent task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -81,8 +81,8 @@ def famo(
     .. note::
       The authors' code and scripts use ``gamma`` from 1e-5 to 1e-2, and some of it
       clips the update, as ``optax.clip_by_global_norm(1.0)`` does. It adds 1e-8 to
-      :math:`D_i`; here a loss that is not above its bound counts as just above it,
-      so that the units of the losses do not matter.
+      :math:`D_i`; here nothing is added, so that the units of the losses do not
+      matter.
     """
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
 
@@ -97,10 +97,11 @@ def famo(
 
     def step(state, losses):
         known = jnp.any(state.losses_after != 0)
-        after = jnp.where(known, state.losses_after, losses)
-        seen = (state.losses != 0) & (after != 0) & jnp.isfinite(after)
-        fall = jnp.log(_above(state.losses, min_losses) / _above(after, min_losses))
-        gradient = famo_gradient(state.logits, jnp.where(seen, fall, 0), seen)
+        reported = base.losses_above(state.losses_after, min_losses)
+        after = jnp.where(known, reported, losses)
+        seen = (state.losses > 0) & (after > 0) & jnp.isfinite(after)
+        ratio = jnp.where(seen, state.losses, 1) / jnp.where(seen, after, 1)
+        gradient = famo_gradient(state.logits, jnp.log(ratio), seen)
         logits, opt_state = base.update_each(
             seen,
             optimizer,
@@ -114,9 +115,11 @@ def famo(
             losses_after=jnp.zeros(num_tasks),
             optimizer=opt_state,
         )
-        return famo_weights(logits, losses, min_losses), new_state
+        return famo_weights(logits, losses), new_state
 
-    return base.from_state(init_fn, step, num_tasks, reads=["losses"])
+    return base.from_state(
+        init_fn, step, num_tasks, reads=["losses"], min_losses=min_losses
+    )
 
 
 def famo_update(state: Any, losses: Any) -> Any:
@@ -156,13 +159,9 @@ def famo_update(state: Any, losses: Any) -> Any:
     return jax.tree.map(record, state, is_leaf=is_famo)
 
 
-def famo_weights(
-    logits: jax.Array, losses: jax.Array, min_losses: jax.typing.ArrayLike = 0.0
-) -> jax.Array:
-    """Weights of :func:`famo`, from the logits and the losses, shape ``(T,)``."""
-    exists = losses != 0
-    z = jnp.where(exists, jax.nn.softmax(logits, where=exists), 0)
-    ratios = z / jnp.where(exists, _above(losses, min_losses), 1)
+def famo_weights(logits: jax.Array, losses: jax.Array) -> jax.Array:
+    """Weights of :func:`famo`, from the logits and the losses above their bounds."""
+    ratios = base.softmax(logits, losses != 0) * base.reciprocal(losses)
     return ratios * base.reciprocal(ratios.sum())
 
 
@@ -177,11 +176,5 @@ def famo_gradient(logits: jax.Array, fall: jax.Array, seen: jax.Array) -> jax.Ar
     Returns:
       Array of shape ``(T,)``.
     """
-    z = jnp.where(seen, jax.nn.softmax(logits, where=seen), 0)
+    z = base.softmax(logits, seen)
     return z * (fall - z @ fall)
-
-
-def _above(losses, min_losses):
-    min_losses = jnp.asarray(min_losses, losses.dtype)
-    size = jnp.abs(losses) + jnp.abs(min_losses)
-    return jnp.maximum(losses - min_losses, jnp.finfo(losses.dtype).eps * size)

@@ -7,7 +7,9 @@ import optax
 from optax_mtl import base
 
 
-def gls() -> optax.GradientTransformationExtraArgs:
+def gls(
+    *, min_losses: jax.typing.ArrayLike = 0.0
+) -> optax.GradientTransformationExtraArgs:
     r"""Geometric loss strategy (GLS): descent on the geometric mean of the losses.
 
     .. math::
@@ -17,10 +19,14 @@ def gls() -> optax.GradientTransformationExtraArgs:
 
     The factor of a loss does not change the ratios of the weighted gradients.
 
+    Args:
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        they are counted. Below its bound one has no root: the weights are NaN.
+
     Returns:
-      A gradient transformation that aggregates stacked updates and reads the extra
-      argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0 means an
-      absent task.
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -36,7 +42,7 @@ def gls() -> optax.GradientTransformationExtraArgs:
       Loss Strategy for Multi-Task Learning <https://arxiv.org/abs/1904.08492>`_,
       CVPR Workshops 2019
     """
-    return base.from_losses(gls_weights)
+    return base.from_losses(gls_weights, min_losses=min_losses)
 
 
 def gls_weights(losses: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """Improvable gap balancing."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
@@ -13,16 +12,17 @@ def igb(
     reference: jax.typing.ArrayLike | None = None,
     warmup_steps: int = 0,
     window: int = 25,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Improvable gap balancing (IGBv1): more weight for losses that can still fall.
 
     .. math::
 
-      d = \sum_i w_i \nabla \log L_i, \quad
-      w = T \operatorname{softmax}\left(\frac{L}{z}\right),
+      d = \sum_i w_i \nabla \log (L_i - b_i), \quad
+      w = T \operatorname{softmax}\left(\frac{L - b}{z - b}\right),
 
-    where :math:`L_i / z_i`, the loss relative to an early one, stands for the gap
-    between the loss and the smallest possible one, zero.
+    where the fraction, the loss relative to an early one, stands for the gap between
+    the loss and the smallest possible one, zero in the paper.
 
     Args:
       num_tasks: number of tasks, T.
@@ -31,11 +31,13 @@ def igb(
         loss over the last ``window`` of them is taken.
       warmup_steps: steps before the window.
       window: steps to average over. The authors' code takes one epoch.
+      min_losses: :math:`b`, the smallest possible losses, one number or shape
+        ``(T,)``. Below its own one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Raises:
       ValueError: for a window that is not positive.
@@ -57,11 +59,13 @@ def igb(
       The second version of the paper, IGBv2, learns the weights by reinforcement
       learning, with a policy network of its own.
     """
-    return base.with_reference(igb_weights, num_tasks, reference, warmup_steps, window)
+    return base.with_reference(
+        igb_weights, num_tasks, reference, warmup_steps, window, min_losses
+    )
 
 
 def igb_weights(losses: jax.Array, reference: jax.Array) -> jax.Array:
     """Weights of :func:`igb`, from the losses and early ones, shape ``(T,)``."""
     exists = losses != 0
-    softmax = jax.nn.softmax(losses / reference, where=exists)
-    return exists.sum() * jnp.where(exists, softmax, 0) * base.reciprocal(losses)
+    shares = base.softmax(losses / reference, exists)
+    return exists.sum() * shares * base.reciprocal(losses)

@@ -17,7 +17,10 @@ class IMTLLState(NamedTuple):
 
 
 def imtl_l(
-    num_tasks: int, *, optimizer: optax.GradientTransformation | None = None
+    num_tasks: int,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Impartial learning by the losses (IMTL-L): weighted losses of equal size.
 
@@ -33,11 +36,14 @@ def imtl_l(
       num_tasks: number of tasks, T.
       optimizer: of the logarithms of the weights, which it sees one by one; by
         default ``optax.adam(0.025)``.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        they are counted. Below its bound there is no optimum, and the weights are
+        NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -70,6 +76,7 @@ def imtl_l(
         step,
         num_tasks,
         reads=["losses"],
+        min_losses=min_losses,
     )
 
 

@@ -32,8 +32,8 @@ def pbi(
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``. A loss of exactly 0 means an absent
-      task.
+      extra argument ``losses``, shape ``(T,)``, of any sign. A loss of exactly 0
+      means an absent task.
 
     Raises:
       ValueError: for a negative ``theta`` or preference, or a preference of another

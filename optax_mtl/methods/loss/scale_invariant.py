@@ -1,23 +1,30 @@
 """The sum of the logarithms of the losses."""
 
+import jax
 import optax
 
 from optax_mtl import base
 
 
-def scale_invariant() -> optax.GradientTransformationExtraArgs:
+def scale_invariant(
+    *, min_losses: jax.typing.ArrayLike = 0.0
+) -> optax.GradientTransformationExtraArgs:
     r"""Scale-invariant baseline (SI): minimises the sum of the log losses.
 
     .. math::
 
-      d = \nabla \sum_i \log L_i = \sum_i \frac{g_i}{L_i}
+      d = \nabla \sum_i \log (L_i - b_i) = \sum_i \frac{g_i}{L_i - b_i}
 
     The unit of a loss makes no difference.
 
+    Args:
+      min_losses: :math:`b`, lower bounds of the losses, one number or shape ``(T,)``.
+        Below its bound a loss has no logarithm, and the weights are NaN.
+
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -31,4 +38,4 @@ def scale_invariant() -> optax.GradientTransformationExtraArgs:
       Navon et al, `Multi-Task Learning as a Bargaining Game
       <https://arxiv.org/abs/2202.01017>`_, ICML 2022, as a baseline
     """
-    return base.from_losses(base.reciprocal)
+    return base.from_losses(base.reciprocal, min_losses=min_losses)

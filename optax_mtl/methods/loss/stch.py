@@ -16,6 +16,7 @@ def stch(
     preference: jax.typing.ArrayLike | None = None,
     warmup_steps: int = 100,
     window: int = 25,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Smooth Tchebycheff scalarization (STCH): a smooth maximum of the losses.
 
@@ -24,7 +25,8 @@ def stch(
 
     .. math::
 
-      \min_\theta \; T \mu \log \sum_i \exp \frac{\log(L_i / z_i)}{\mu}
+      \min_\theta \; T \mu \log \sum_i \exp
+      \frac{1}{\mu} \log \frac{L_i - b_i}{z_i - b_i}
       \qquad \text{or} \qquad
       \min_\theta \; \mu \log \sum_i \exp \frac{p_i (L_i - z_i)}{\mu}
 
@@ -41,11 +43,14 @@ def stch(
         ``1 / T`` for each task that is present.
       warmup_steps: steps before the window. The authors' code takes four epochs.
       window: steps to average over. The authors' code takes one epoch.
+      min_losses: :math:`b`, lower bounds of the losses for ``"log"``, one number or
+        shape ``(T,)``. Below its bound a loss has no logarithm, and the weights are
+        NaN. ``"linear"`` needs none.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0 for ``"log"``. A loss of
-      exactly 0 means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses`` for
+      ``"log"``. A loss of exactly 0, or there at its bound, means an absent task.
 
     Raises:
       ValueError: for another objective, for a preference with ``"log"``, and for a
@@ -86,6 +91,7 @@ def stch(
         reference,
         warmup_steps,
         window,
+        min_losses,
     )
 
 
@@ -95,8 +101,7 @@ def stch_weights(
     """Weights of :func:`stch` with the objective ``"log"`` and a known nadir."""
     exists = losses != 0
     ratios = jnp.log(jnp.where(exists, losses / nadir, 1))
-    softmax = jax.nn.softmax(ratios / mu, where=exists)
-    return exists.sum() * jnp.where(exists, softmax, 0) * base.reciprocal(losses)
+    return exists.sum() * base.softmax(ratios / mu, exists) * base.reciprocal(losses)
 
 
 def stch_linear_weights(
@@ -116,6 +121,5 @@ def stch_linear_weights(
     Returns:
       Array of shape ``(T,)``.
     """
-    exists = preference > 0
-    softmax = jax.nn.softmax(preference * (losses - ideal) / mu, where=exists)
-    return preference * jnp.where(exists, softmax, 0)
+    gaps = preference * (losses - ideal)
+    return preference * base.softmax(gaps / mu, preference > 0)

@@ -27,6 +27,7 @@ def uncertainty_weighting(
     form: str | Sequence[str] = "regression",
     initial: jax.typing.ArrayLike = 0.0,
     optimizer: optax.GradientTransformation | None = None,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Uncertainty weighting: losses divided by a learned variance.
 
@@ -49,10 +50,14 @@ def uncertainty_weighting(
       initial: log-variances at first, one number or shape ``(T,)``. Some
         implementations begin at -0.5.
       optimizer: for the log-variances; by default ``optax.adam(0.025)``.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        they are counted. Below its bound there is no optimum, and the weights are
+        NaN.
 
     Returns:
-      A gradient transformation that aggregates stacked updates and reads the extra
-      argument ``losses``, shape ``(T,)``. A loss of exactly 0 means an absent task.
+      A gradient transformation that aggregates stacked updates and reads the
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Raises:
       ValueError: for an unknown form, or a number of them other than T.
@@ -73,8 +78,7 @@ def uncertainty_weighting(
       Geometry and Semantics <https://arxiv.org/abs/1705.07115>`_, CVPR 2018
 
     .. note::
-      The weights of a step are those before its update of the log-variances. Losses
-      should be bounded below by 0.
+      The weights of a step are those before its update of the log-variances.
     """
     forms = [form] * num_tasks if isinstance(form, str) else list(form)
     unknown = [f for f in forms if f not in FORMS]
@@ -102,4 +106,6 @@ def uncertainty_weighting(
             )
         )
 
-    return base.from_state(init_fn, step, num_tasks, reads=["losses"])
+    return base.from_state(
+        init_fn, step, num_tasks, reads=["losses"], min_losses=min_losses
+    )

@@ -1,7 +1,6 @@
 """Soft optimal uncertainty weighting."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optax_mtl import base
@@ -9,6 +8,8 @@ from optax_mtl import base
 
 def uw_so(
     temperature: jax.typing.ArrayLike = 1.0,
+    *,
+    min_losses: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Soft optimal uncertainty weighting (UW-SO).
 
@@ -21,11 +22,13 @@ def uw_so(
 
     Args:
       temperature: :math:`\tau`, to be tuned; a large one makes the weights equal.
+      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
+        they are counted. Below its bound one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
-      extra argument ``losses``, shape ``(T,)``, above 0. A loss of exactly 0
-      means an absent task.
+      extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
+      exactly 0, or exactly at its bound, means an absent task.
 
     Raises:
       ValueError: for a temperature that is not positive.
@@ -47,13 +50,13 @@ def uw_so(
       Written from memory of the paper, without its code at hand.
     """
     base.check_range("temperature", temperature, positive=True)
-    return base.from_losses(lambda losses: uw_so_weights(losses, temperature))
+    return base.from_losses(
+        lambda losses: uw_so_weights(losses, temperature), min_losses=min_losses
+    )
 
 
 def uw_so_weights(
     losses: jax.Array, temperature: jax.typing.ArrayLike = 1.0
 ) -> jax.Array:
     """Weights of :func:`uw_so` from the losses, shape ``(T,)``."""
-    exists = losses != 0
-    softmax = jax.nn.softmax(base.reciprocal(losses) / temperature, where=exists)
-    return jnp.where(exists, softmax, 0)
+    return base.softmax(base.reciprocal(losses) / temperature, losses != 0)

@@ -92,11 +92,11 @@ def krum_weights(
     distances = jnp.maximum(jnp.add.outer(squares, squares) - 2 * gram, 0)
     distances = distances if squared else jnp.sqrt(distances)
     others = jnp.outer(exists, exists) & ~jnp.eye(num_tasks, dtype=bool)
-    nearest = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+    far = 4  # Squares that sum to 1 have no squared distance above 2.
+    nearest = jnp.sort(jnp.where(others, distances, far), axis=1)
     neighbours = jnp.clip(count - excluded - 2, 1, jnp.maximum(count - 1, 1))
-    nearest = jnp.where(jnp.isfinite(nearest), nearest, 0)
     scores = nearest @ (jnp.arange(num_tasks) < neighbours).astype(gram.dtype)
-    scores = jnp.where(exists, scores, jnp.inf)
+    scores = jnp.where(exists, scores, far * num_tasks)
     wanted = count - excluded if num_selected is None else num_selected
     selected = jnp.clip(wanted, 1, jnp.maximum(count, 1))
     # Rounding errors do not decide between equal scores.

@@ -1,0 +1,45 @@
+"""Under x64, float32 models keep float32 updates and states of the same types."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_mtl
+from tests.common import losses, params, stacked
+from tests.test_debug_flags import EVERY, VARIANTS
+
+ALL = (
+    EVERY
+    | VARIANTS
+    | {
+        "multi_steps, one each": lambda: optax_mtl.multi_steps(
+            optax_mtl.famo(3), 3, 3, one_task_each=True
+        ),
+        "lion_lars": lambda: optax.chain(
+            optax_mtl.linear(), optax_mtl.scale_by_lion_lars()
+        ),
+    }
+)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("name", ALL)
+def test_types_under_x64(name, precision):
+    with jax.enable_x64(True):
+        method = ALL[name]()
+        updates, loss = stacked(3), jnp.asarray(losses(3), precision)
+        if "one each" in name:
+            updates = jax.tree.map(lambda x: x[0], updates)
+        model = jax.tree.map(lambda x: x.astype("float32"), params())
+
+        def scan(state):
+            step = lambda s, _: method.update(updates, s, model, losses=loss)[::-1]
+            return jax.lax.scan(step, state, length=2)
+
+        init = jax.eval_shape(method.init, model)
+        state, out = jax.eval_shape(scan, init)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+    assert types(state) == types(init)
+    assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype("float32")}
