@@ -72,8 +72,8 @@ def test_unknown_option():
         optax_mtl.get("cagrad", 2, radius=0.5)
     with pytest.raises(TypeError, match="did you mean 'num_byzantine'"):
         optax_mtl.get("krum", 5, num_byzantin=1)
-    with pytest.raises(TypeError, match="gls has no option 'c'; known are none"):
-        optax_mtl.get("gls", 2, c=1)
+    with pytest.raises(TypeError, match="mean has no option 'c'; known are none"):
+        optax_mtl.get("mean", 2, c=1)
 
 
 def test_public_names_have_docstrings():
