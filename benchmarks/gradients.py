@@ -26,6 +26,15 @@ OUTPUTS = 8  # Of each head.
 PER_TASK = {"K = T": 1, "K = 4T": 4}  # Micro-batches, as multiples of T.
 MAX_TASKS_EACH = 8  # One task each compiles a program for each task.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+TICKS = (1, 3, 10, 30, 100, 300, 1000)
+DRAWN = {  # The ways in the figure: those between which one chooses.
+    "plain sum": {"color": "0.5", "ls": "--"},
+    "stacked": {"color": "tab:blue"},
+    "leafwise": {"color": "tab:orange"},
+    "Gram only": {"color": "tab:green"},
+    "Gram only, jax.checkpoint": {"color": "tab:green", "ls": ":"},
+    "at features": {"color": "tab:red"},
+}
 
 
 class MLP(nn.Module):
@@ -266,13 +275,15 @@ def plot(results, path: pathlib.Path) -> None:
     )
     for column, model in zip(axes.T, models):
         times, memory = ({t: results[model, t][i] for t in tasks} for i in range(2))
-        for way in times[tasks[0]]:
-            if group_of(way) in PER_TASK:
-                continue
+        for way, style in DRAWN.items():
             ratios = [times[t][way] / times[t]["plain sum"] for t in tasks]
-            column[0].loglog(tasks, ratios, marker=".", label=way)
+            column[0].loglog(tasks, ratios, marker=".", label=way, **style)
             megabytes = [memory[t][way] / 1e6 for t in tasks]
-            column[1].loglog(tasks, megabytes, marker=".", label=way)
+            column[1].loglog(tasks, megabytes, marker=".", label=way, **style)
+        for axis in column:
+            ticks = [tick for tick in TICKS if tick <= axis.get_ylim()[1]]
+            axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.grid(axis="y", lw=0.3)
         column[0].set_title(model)
         column[1].set_xlabel("tasks")
         column[1].set_xticks(tasks, [str(t) for t in tasks])

@@ -17,13 +17,13 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/optax_mtl/blob/main/notebooks/eagc_discovery.ipynb)
 #
-# # Category discovery: gradients entangled, then untangled
+# # Category discovery with coordinated gradients
 #
 # Some images have labels, of *known* classes. The others show known classes as well
 # as *novel* ones, and a model is to sort them all. What it learns from labels and what
 # it learns without them meet in the same features, and their gradients entangle. We
-# measure that on real digits and then let EAGC (energy-aware gradient coordination,
-# CVPR 2026) act on it. Runs on CPU, GPU or TPU in about two minutes.
+# measure that on real digits, with and without EAGC (energy-aware gradient
+# coordination, CVPR 2026). Runs on CPU, GPU or TPU in about two minutes.
 
 # %%
 # Installs the library on Colab, and nothing that could replace Colab's own JAX.
@@ -60,8 +60,10 @@ BATCH_SIZE = 128  # @param {type:"integer"}
 LEARNING_RATE = 1e-3  # @param {type:"number"}
 STRENGTH = 0.5  # @param {type:"number"}
 ANCHOR = 0.7  # @param {type:"number"}
+WINDOW = 100
 if os.environ.get("FAST"):  # The tests run every cell, briefly.
     REFERENCE_STEPS = STEPS = 20
+    WINDOW = 5
 
 # %% [markdown]
 # ## The task
@@ -177,8 +179,10 @@ energy = optax_mtl.energy_ratio(z, conceptor)
 print(f"share of the space taken: {jnp.trace(conceptor) / len(conceptor):.2f}")
 
 figure, axes = plt.subplots(figsize=(6, 2.8), layout="constrained")
+bins = np.linspace(float(energy.min()), float(energy.max()), 41)
 for name, rows in ("labelled", labelled), ("known", held_out), ("novel", novel):
-    axes.hist(np.asarray(energy[rows]), 40, density=True, alpha=0.5, label=name)
+    style = {"histtype": "step", "lw": 1.5, "label": name}
+    axes.hist(np.asarray(energy[rows]), bins, density=True, **style)
 axes.set(xlabel="energy in the subspace of known classes", yticks=[])
 axes.legend(frameon=False)
 plt.show()
@@ -302,13 +306,18 @@ figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for axes, name in zip(panels, ("GDC", "SOC")):
     for run, (_, reports) in runs.items():
         values = np.asarray(reports[name])
-        smooth = np.convolve(values, np.full(20, 1 / 20), mode="valid")
-        axes.plot(smooth, label=f"{run}: {values[:200].mean():.3f} in 200 steps")
-    axes.set(title=name, xlabel="step")
+        smooth = np.convolve(values, np.full(WINDOW, 1 / WINDOW), mode="valid")
+        first, last = values[:200].mean(), values[-200:].mean()
+        axes.plot(smooth, label=f"{run}: {first:.3f} in the first 200, {last:.3f} last")
+    axes.set(title=f"{name}, mean of {WINDOW} steps", xlabel="step")
     axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
+# Both numbers *rise* as discovery begins, with EAGC as without. On these digits and
+# with this seed EAGC keeps both a little lower: GDC by 0.003 in the first 200 steps and
+# 0.03 in the last, SOC by 0.01 and 0.03.
+#
 # ## What was discovered?
 #
 # Clusters are matched to classes once, for known and novel ones together, so that the
@@ -335,13 +344,20 @@ for name, (params, _) in runs.items():
 
 # %%
 maps = {"reference": reference} | {name: params for name, (params, _) in runs.items()}
-figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-for axes, (name, params) in zip(panels, maps.items()):
-    points = PCA(2).fit_transform(np.asarray(normalize(features(params, images)))).T
-    for marker, rows in (".", known_rows), ("x", novel):
-        colors = plt.get_cmap("tab10")(digits.target[rows])
-        axes.scatter(*points[:, rows], s=14, c=colors, marker=marker, linewidths=0.8)
-    axes.set(title=f"{name} (. known, x novel)", xticks=[], yticks=[])
+clouds = {name: normalize(features(params, images)) for name, params in maps.items()}
+plane = PCA(2).fit(np.concatenate(list(clouds.values())))  # The same for all three.
+figure, panels = plt.subplots(
+    1, 3, figsize=(12, 4.2), sharex=True, sharey=True, layout="constrained"
+)
+for axes, (name, cloud) in zip(panels, clouds.items()):
+    points = plane.transform(np.asarray(cloud))
+    axes.plot(*points[known_rows].T, ".", ms=3, color="0.75", label="0 to 4 (known)")
+    for digit in range(5, 10):
+        rows = digits.target == digit
+        axes.plot(*points[rows].T, ".", ms=3, label=str(digit))
+    axes.set(title=name, xticks=[], yticks=[])
+handles, names = axes.get_legend_handles_labels()
+figure.legend(handles, names, loc="outside lower center", ncols=6, markerscale=3)
 plt.show()
 
 # %% [markdown]

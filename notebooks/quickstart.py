@@ -251,10 +251,12 @@ curves = {name: train_with(method) for name, method in methods.items()}
 figure, panels = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
 titles = ("drawing, variance explained (%)", "left digit (%)", "right digit (%)")
 for task, (axes, title) in enumerate(zip(panels, titles)):
+    late = np.stack([curve[STEPS // 3 :, task] for curve in curves.values()])
     for name, curve in curves.items():
-        axes.plot(curve[:, task], label=name)
-    axes.set(title=title, xlabel="step", ylim=(0, None))
-panels[0].legend(frameon=False)
+        axes.plot(curve[:, task], lw=0.8, label=name)
+    axes.set(title=title, xlabel="step", xlim=(STEPS // 3, STEPS))
+    axes.set_ylim(late.min(), late.max() + 1)
+panels[1].legend(frameon=False, loc="lower right")
 plt.show()
 for name, curve in curves.items():
     print(f"{name:>8}", curve[-1].round(1))

@@ -24,8 +24,6 @@ from optax_mtl.gradients.stacked import value_and_task_grads as value_and_task_g
 from optax_mtl.guards import apply_if_finite as apply_if_finite
 from optax_mtl.guards import apply_updates as apply_updates
 from optax_mtl.guards import checked as checked
-from optax_mtl.guards import mean_tasks as mean_tasks
-from optax_mtl.guards import sum_tasks as sum_tasks
 from optax_mtl.guards import zero_nonfinite as zero_nonfinite
 from optax_mtl.methods.balance.adatask import adatask as adatask
 from optax_mtl.methods.balance.db_mtl import db_mtl as db_mtl
@@ -40,6 +38,8 @@ from optax_mtl.methods.balance.nash_mtl import nash_mtl as nash_mtl
 from optax_mtl.methods.balance.sam_gs import sam_gs as sam_gs
 from optax_mtl.methods.baseline.linear import linear as linear
 from optax_mtl.methods.baseline.linear import mean as mean
+from optax_mtl.methods.baseline.linear import mean_tasks as mean_tasks
+from optax_mtl.methods.baseline.linear import sum_tasks as sum_tasks
 from optax_mtl.methods.baseline.random_weights import random_weights as random_weights
 from optax_mtl.methods.conflict.aligned_mtl import aligned_mtl as aligned_mtl
 from optax_mtl.methods.conflict.cagrad import cagrad as cagrad

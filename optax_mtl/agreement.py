@@ -90,7 +90,7 @@ def scale_by_agreement(
     base.check_range("threshold", threshold, "[0, inf)")
     base.check_range("decay", decay, "(0, 1]")
     base.check_range("growth", growth, "[1, inf)")
-    base.check_range("ceiling", ceiling, "(0, inf)")
+    base.check_range("ceiling", ceiling, "(0, inf]")
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

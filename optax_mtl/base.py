@@ -455,8 +455,9 @@ def check_range(
     above = numbers >= low if interval[0] == "[" else numbers > low
     below = numbers <= high if interval[-1] == "]" else numbers < high
     if not np.all(above & below):
-        words = {"[0, inf)": "at least 0", "(0, inf)": "positive"}
-        words |= {"[1, inf)": "at least 1", "(-inf, inf)": "finite"}
+        words = {"[0, inf)": "at least 0", "[1, inf)": "at least 1"}
+        words |= {"(0, inf)": "positive", "(0, inf]": "positive"}
+        words |= {"(-inf, inf)": "finite"}
         raise ValueError(
             f"{name} is {value}; it should be {words.get(interval, f'in {interval}')}"
         )

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.methods.baseline import linear
 
 _CONDITIONAL = (
     optax.ApplyIfFiniteState,
@@ -204,47 +203,6 @@ def zero_nonfinite(
         return inner.update(updates, state, params, losses=losses, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def sum_tasks() -> optax.GradientTransformationExtraArgs:
-    """Sums over the task axis: :func:`linear` by the name of what it does.
-
-    For the group of :func:`optax.partition` whose stacked gradients nothing should
-    resolve, such as heads.
-
-    Returns:
-      A gradient transformation that aggregates stacked updates.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax, optax_mtl
-      >>> tx = optax.partition(
-      ...     {"trunk": optax_mtl.cagrad(c=0.0), "head": optax_mtl.sum_tasks()},
-      ...     {"trunk": "trunk", "head": "head"},
-      ... )
-      >>> params = {"trunk": jnp.zeros(2), "head": jnp.zeros(2)}
-      >>> updates = {"trunk": jnp.eye(2), "head": jnp.eye(2)}
-      >>> update, _ = tx.update(updates, tx.init(params), params)
-      >>> print(update["trunk"], update["head"])
-      [0.5 0.5] [1. 1.]
-    """
-    return linear.linear()
-
-
-def mean_tasks() -> optax.GradientTransformationExtraArgs:
-    """Averages over the task axis: :func:`mean` by the name of what it does.
-
-    Returns:
-      A gradient transformation that aggregates stacked updates.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax_mtl
-      >>> method = optax_mtl.mean_tasks()
-      >>> print(method.update(jnp.eye(2), method.init(None))[0])
-      [0.5 0.5]
-    """
-    return linear.mean()
 
 
 def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:

@@ -15,6 +15,7 @@ NAN, INF = np.nan, np.inf
 NOT_NUMBERS = ["x", None, NAN]
 AT_LEAST_0 = [-1, INF, *NOT_NUMBERS]
 POSITIVE = [0, -1, INF, *NOT_NUMBERS]
+LIMIT = [0, -1, *NOT_NUMBERS]
 DECAY = [-0.1, 1, 1.5, *NOT_NUMBERS]
 UNIT = [-0.1, 1.5, *NOT_NUMBERS]
 RATE = [0, 1.5, *NOT_NUMBERS]
@@ -71,7 +72,7 @@ METHODS = {
     "excess_mtl": {"num_tasks": COUNT, "eta": AT_LEAST_0, "warmup_steps": COUNT},
     "fairgrad": {
         "alpha": AT_LEAST_0,
-        "max_norm": optional(POSITIVE),
+        "max_norm": optional(LIMIT),
         "preference": PREFERENCE,
     },
     "famo": {"num_tasks": COUNT, "gamma": AT_LEAST_0, "min_losses": FINITE},
@@ -82,7 +83,7 @@ METHODS = {
         "tie_breaking": [(-1, 1), ("a", "b"), None],
         "dominance_window": COUNT_FROM_0,
         "norm_decay": DECAY,
-        "norm_cap": optional(POSITIVE),
+        "norm_cap": optional(LIMIT),
         "max_iters": optional(COUNT_FROM_0),
         "smooth": FLAG,
         "reference": CHOICE,
@@ -141,7 +142,7 @@ METHODS = {
         "min_losses": FINITE,
     },
     "modo": {"num_tasks": COUNT, "gamma": AT_LEAST_0, "rho": AT_LEAST_0},
-    "nash_mtl": {"max_norm": optional(POSITIVE), "preference": PREFERENCE},
+    "nash_mtl": {"max_norm": optional(LIMIT), "preference": PREFERENCE},
     "pbi": {"theta": AT_LEAST_0, "preference": PREFERENCE, "reference": FINITE},
     "pcd": {"num_tasks": COUNT, "tau": UNIT, "primary": [*PRIMARY, 2], "decay": DECAY},
     "pcgrad": {"key": KEY, "order": CHOICE},
@@ -203,9 +204,9 @@ OTHERS = {
         "threshold": AT_LEAST_0,
         "decay": RATE,
         "growth": [0.5, INF, *NOT_NUMBERS],
-        "ceiling": POSITIVE,
+        "ceiling": LIMIT,
     },
-    "scale_by_lion_lars": {"clip": POSITIVE},
+    "scale_by_lion_lars": {"clip": LIMIT},
     "smooth_weights": {"num_tasks": COUNT, "decay": UNIT},
     "update_every": {"k": COUNT, "num_tasks": COUNT},
     "value_and_grad": {"has_aux": FLAG, "mode": CHOICE},

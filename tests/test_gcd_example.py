@@ -21,6 +21,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from examples import runs
 from examples.gcd import data, model, objective, report, train
 from examples.gcd.config import Config, parse
 from tests.common import flops
@@ -425,8 +426,8 @@ def run(out, *flags):
 class FakeWriter:
     """Stands for the writer of tensorboardX, which the tests do without."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step = folder, purge_step
         self.scalars = []
         self.closed = False
         FakeWriter.last = self
@@ -453,7 +454,7 @@ def test_run_writes_results_logs_and_figures(finished):
     out, results = finished
     assert set(results) == {"all", "old", "new", "gdc", "soc"}
     assert all(0 <= value <= 2 for value in results.values())
-    steps, epochs = report.read(out / "steps.csv"), report.read(out / "epochs.csv")
+    steps, epochs = runs.read(out / "steps.csv"), runs.read(out / "epochs.csv")
     assert [row["step"] for row in steps] == list(range(3 * (150 // 16)))
     assert [row["epoch"] for row in epochs] == [1, 2, 3]
     assert sum(not math.isnan(row["gdc"]) for row in steps) == 27
@@ -466,7 +467,8 @@ def test_tensorboard_gets_the_rows_of_the_logs(finished):
     out, _ = finished
     writer = FakeWriter.last
     assert writer.folder == str(out / "tensorboard") and writer.closed
-    steps, epochs = report.read(out / "steps.csv"), report.read(out / "epochs.csv")
+    assert writer.purge_step == 0
+    steps, epochs = runs.read(out / "steps.csv"), runs.read(out / "epochs.csv")
     written = lambda name: [(s, v) for n, s, v in writer.scalars if n == name]
     assert written("supervised") == [(r["step"], r["supervised"]) for r in steps]
     assert written("all") == [(9 * r["epoch"], r["all"]) for r in epochs]
@@ -475,7 +477,7 @@ def test_tensorboard_gets_the_rows_of_the_logs(finished):
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match="pip install tensorboardX"):
-        train._tensorboard(tmp_path)
+        runs.tensorboard(tmp_path, 0)
 
 
 def test_losses_that_are_not_finite_stop_the_run(tmp_path):
@@ -589,11 +591,10 @@ def test_nan_weights_are_noticed(tmp_path):
     [
         (["--known", "11"], ValueError, "--known 11.*10 classes"),
         (["--max-classes", "12"], ValueError, "--max-classes 12.*10 classes"),
-        (["--labelled-share", "0"], ValueError, "leaves 0 labelled"),
-        (["--objective", "x"], ValueError, "--objective x: known are simgcd"),
-        (["--preset", "huge"], ValueError, "--preset huge: known are tiny"),
+        (["--known", "10"], ValueError, "and 0 of novel classes"),
+        (["--max-classes", "1"], ValueError, "leave 0 labelled images"),
+        (["--labelled-share", "1e-6"], ValueError, "leave 0 labelled images"),
         (["--preset", "mini"], ValueError, "do not divide into patches of 7"),
-        (["--method", "pcgradd"], ValueError, "did you mean 'pcgrad'"),
         (["--data", "nowhere.npz"], FileNotFoundError, "--data nowhere.npz"),
     ],
 )

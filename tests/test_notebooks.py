@@ -1,4 +1,8 @@
-"""Every notebook runs, and is in step with its script."""
+"""Every notebook runs, and is in step with its script.
+
+FAST makes them short, but for the one on several devices, which has failed in full size
+alone: it runs as for users.
+"""
 
 import os
 import pathlib

@@ -1,7 +1,14 @@
 """Everything that can be set, with its default; each field is a command-line flag."""
 
-import argparse
 import dataclasses
+
+from examples import flags
+from examples.flags import Number, setting, whole
+from examples.gcd.model import PRESETS
+
+# EAGC and its halves, by whether they project and align.
+COORDINATED = {"eagc": (True, True), "aga": (False, True), "eep": (True, False)}
+OBJECTIVES = ("simgcd", "rankstats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,66 +16,90 @@ class Config:
     """Generalized category discovery. Defaults are for scikit-learn's digits."""
 
     # What to run.
-    method: str = "eagc"  # sum, eagc, aga, eep, or a name in optax_mtl.METHODS.
-    objective: str = "simgcd"  # Or rankstats.
-    seed: int = 0
-    out: str = "runs/gcd"
-    resume: bool = False
-    save_every: int = 10  # Epochs between checkpoints and evaluations.
-    tensorboard: bool = False
+    method: str = setting(
+        "eagc",
+        "sum, eagc, aga, eep, or a name in optax_mtl.METHODS",
+        flags.method("sum", *COORDINATED),
+    )
+    objective: str = setting("simgcd", "losses of discovery", choices=OBJECTIVES)
+    seed: int = setting(0, "of the split, the weights and the batches", whole(0))
+    out: str = setting("runs/gcd", "folder of logs, figures and checkpoints")
+    resume: bool = setting(False, "continue the run in --out")
+    save_every: int = setting(10, "epochs between checkpoints, evaluations", whole(1))
+    tensorboard: bool = setting(False, "log there, too")
 
     # Data.
-    data: str = "digits"  # Or FILE.npz, or a folder with CIFAR's Python pickles.
-    known: int = 0  # Known classes; 0 is half of the classes.
-    max_classes: int = 0  # Use the first so many classes only; 0 is all.
-    max_images: int = 0  # Use so many images, drawn at random; 0 is all.
-    labelled_share: float = 0.5  # Of the images of known classes.
-    image_size: int = 0  # Resize to this; 0 keeps the size.
-    flip: bool = False  # Mirror images: for photos, not for characters.
-    jitter: float = 0.2  # Brightness and contrast.
+    data: str = setting(
+        "digits", "digits, FILE.npz, or a folder with CIFAR's Python pickles"
+    )
+    known: int = setting(0, "known classes; 0: half of the classes", whole(0))
+    max_classes: int = setting(0, "use the first so many only; 0: all", whole(0))
+    max_images: int = setting(0, "use so many, drawn at random; 0: all", whole(0))
+    labelled_share: float = setting(
+        0.5, "of the images of known classes", Number(float, above=0, most=1)
+    )
+    image_size: int = setting(0, "resize to it; 0: as they are", whole(0))
+    flip: bool = setting(False, "mirror images: for photos, not for characters")
+    jitter: float = setting(
+        0.2, "of brightness and contrast", Number(float, least=0, most=1)
+    )
 
     # Model.
-    preset: str = "tiny"  # A name in model.PRESETS.
-    backbone_weights: str = ""  # DINO or DINOv2: FILE.safetensors or FILE.npz.
-    trainable: str = "all"  # Of the backbone: all, or last (block).
-    dtype: str = "float32"  # Of the computation; bfloat16 for TPU and GPU.
+    preset: str = setting("tiny", "of backbone and heads", choices=tuple(PRESETS))
+    backbone_weights: str = setting(
+        "", "DINO or DINOv2: FILE.safetensors or FILE.npz; by default none"
+    )
+    trainable: str = setting(
+        "all", "blocks of the backbone that train", choices=("all", "last")
+    )
+    dtype: str = setting(
+        "float32",
+        "of the computation; bfloat16 for TPU and GPU",
+        choices=("float32", "bfloat16"),
+    )
 
     # Stage 1: reference model on the labelled set.
-    reference_epochs: int = 30
-    reference_batch_size: int = 32
-    reference_lr: float = 0.02
+    reference_epochs: int = setting(30, "of the reference model", whole(0))
+    reference_batch_size: int = setting(32, "of the reference model", whole(1))
+    reference_lr: float = setting(
+        0.02, "its learning rate at the start", Number(float, above=0)
+    )
 
     # Stage 2: conceptor.
-    aperture: float = 2.0
-    relative_aperture: bool = True  # Indifferent to the scale of features.
+    aperture: float = setting(2.0, "of the conceptor", Number(float, above=0))
+    relative_aperture: bool = setting(True, "indifferent to the scale of features")
 
     # Stage 3: discovery.
-    epochs: int = 50
-    batch_size: int = 128
-    lr: float = 0.1  # Of the heads.
-    backbone_lr: float = 0.1
-    weight_decay: float = 5e-5
-    supervised_weight: float = 0.35
-    entropy_weight: float = 1.0
-    teacher_warmup_epochs: int = 30
-    strength: float = 0.5  # EAGC's projection.
-    anchor: float = 0.7  # EAGC's alignment.
+    epochs: int = setting(50, "of discovery", whole(1))
+    batch_size: int = setting(128, "images in a step, each in two views", whole(1))
+    lr: float = setting(
+        0.1, "learning rate of the heads at the start", Number(float, above=0)
+    )
+    backbone_lr: float = setting(
+        0.1, "learning rate of the backbone at the start", Number(float, least=0)
+    )
+    weight_decay: float = setting(5e-5, "of matrices", Number(float, least=0))
+    supervised_weight: float = setting(
+        0.35,
+        "of the supervised loss; the other has the rest of 1",
+        Number(float, least=0, most=1),
+    )
+    entropy_weight: float = setting(1.0, "of the mean entropy", Number(float, least=0))
+    teacher_warmup_epochs: int = setting(
+        30, "in which the teacher's temperature falls", whole(0)
+    )
+    strength: float = setting(
+        0.5, "of EAGC's projection", Number(float, least=0, most=1)
+    )
+    anchor: float = setting(0.7, "weight of EAGC's alignment", Number(float, least=0))
 
     # Diagnostics.
-    diagnose_steps: int = 200  # GDC at each of the first so many steps.
-    soc_every: int = 10  # Steps between values of SOC among them.
-
-
-def parse(argv: list[str] | None = None) -> Config:
-    """Reads a configuration from the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{Config.__doc__} Flags are explained in config.py.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    diagnose_steps: int = setting(
+        200, "GDC at each of the first so many steps", whole(0)
     )
-    for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        kind = {"type": type(field.default)}
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag, default=field.default, help=" ", **kind)
-    return Config(**vars(parser.parse_args(argv)))
+    soc_every: int = setting(10, "steps between values of SOC among them", whole(1))
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """Reads a configuration from the command line."""
+    return flags.parse(Config, arguments, Config.__doc__ or "")

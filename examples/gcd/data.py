@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets
 
+from examples import arrays
 from examples.gcd.config import Config
 
 IMAGE_KEYS = ("x", "x_train", "images")
@@ -53,12 +54,10 @@ def load(source: str) -> tuple[np.ndarray, np.ndarray]:
         labels = digits.target
     elif path.is_dir():
         images, labels = _load_cifar(path)
-    elif path.is_file():
-        with np.load(path) as arrays:
-            images = arrays[_first(IMAGE_KEYS, arrays.files, path)]
-            labels = arrays[_first(LABEL_KEYS, arrays.files, path)]
     else:
-        raise FileNotFoundError(f"--data {source}: no such file or folder")
+        found = arrays.load("--data", path)
+        images = arrays.first_of(IMAGE_KEYS, found, "--data", path)
+        labels = arrays.first_of(LABEL_KEYS, found, "--data", path)
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in NORMALIZATION:
@@ -95,11 +94,12 @@ def make_split(images: np.ndarray, labels: np.ndarray, config: Config) -> Split:
     num_labelled = int(config.labelled_share * len(known))
     labelled = np.sort(rng.permutation(known)[:num_labelled])
     unlabelled = np.setdiff1d(np.arange(len(labels)), labelled)
-    if len(labelled) == 0 or len(unlabelled) == 0:
+    if len(labelled) == 0 or len(known) == len(labels):
         raise ValueError(
-            f"--labelled-share {config.labelled_share} of {len(known)} images of known "
-            f"classes leaves {len(labelled)} labelled and {len(unlabelled)} unlabelled "
-            "images: both are needed"
+            f"--known {num_known} of {num_classes} classes and --labelled-share "
+            f"{config.labelled_share} of their {len(known)} images leave "
+            f"{len(labelled)} labelled images and {len(labels) - len(known)} of novel "
+            "classes: both are needed"
         )
     return Split(
         images=_resize(images, config.image_size),
@@ -184,14 +184,10 @@ def _load_cifar(folder):
     images, labels = [], []
     for path in batches:
         with path.open("rb") as file:
-            batch = pickle.load(file, encoding="bytes")
+            try:
+                batch = pickle.load(file, encoding="bytes")
+            except (pickle.UnpicklingError, EOFError, ValueError, KeyError):
+                raise ValueError(f"--data {path}: not a pickle of CIFAR") from None
         images.append(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.extend(batch.get(b"fine_labels") or batch[b"labels"])
     return np.concatenate(images), np.array(labels)
-
-
-def _first(keys, present, path):
-    for key in keys:
-        if key in present:
-            return key
-    raise ValueError(f"--data {path} has {sorted(present)}, but none of {keys}")

@@ -8,6 +8,7 @@ Runs that the results file already has are not repeated.
 
 import argparse
 import csv
+import io
 import itertools
 import pathlib
 import statistics
@@ -17,6 +18,7 @@ import time
 import jax
 from flax import nnx
 
+from examples import runs
 from examples.gcd import train
 from examples.gcd.config import parse
 
@@ -87,11 +89,11 @@ def measure(
         rates = f"--lr {rate} --backbone-lr {rate}"
         command = f"{flags} {rates} --method {method} --seed {seed} --out {out}"
         result = train.main(command.split())
-    with results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*run, *METRICS])
-        if not rows:
-            writer.writeheader()
-        writer.writerow(run | result)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*run, *METRICS])
+    writer.writeheader()
+    writer.writerows([*rows, run | result])
+    runs.replace(results, text.getvalue())
 
 
 def read(results: pathlib.Path) -> list[dict[str, str]]:

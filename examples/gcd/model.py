@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from examples import arrays
+
 
 class Preset(NamedTuple):
     """Sizes of a backbone and of its heads."""
@@ -257,16 +259,21 @@ def load_backbone_weights(backbone: ViT, file: str) -> None:
     Raises:
       ValueError: naming the tensor that is missing, left over or of another shape.
     """
-    path = pathlib.Path(file)
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            tensors = dict(arrays)
-    elif path.suffix == ".safetensors":
+    suffix = pathlib.Path(file).suffix
+    if suffix == ".npz":
+        tensors = arrays.load("--backbone-weights", file)
+    elif suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        tensors = load_file(path)
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"--backbone-weights {file}: not a safetensors file ({error})"
+            ) from error
     else:
-        raise ValueError(f"{file}: must end in .safetensors or .npz")
+        raise ValueError(f"--backbone-weights {file}: .safetensors or .npz is expected")
     if not isinstance(backbone, ViT):
         raise ValueError(
             f"{file}: weights are for a ViT, not a {type(backbone).__name__}"

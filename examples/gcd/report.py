@@ -1,6 +1,5 @@
-"""Accuracy, diagnostics, CSV logs and figures."""
+"""Accuracy, diagnostics and figures."""
 
-import csv
 import math
 import pathlib
 
@@ -8,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
+
+from examples.runs import read
 
 
 def accuracy(
@@ -75,40 +76,6 @@ def subspace_overlap(known: np.ndarray, novel: np.ndarray, k: int = 16) -> float
     return float(((novel @ first) ** 2).sum() / (novel**2).sum())
 
 
-class Log:
-    """A CSV file with a whole number first; a resumed run drops rows from `start`."""
-
-    def __init__(self, path: pathlib.Path, columns: list[str], start: int):
-        self.path = path
-        self.columns = columns
-        rows = [row for row in read(path) if row[columns[0]] < start]
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(columns)
-        for row in rows:
-            self.write(row)
-
-    def write(self, row: dict[str, float]) -> None:
-        """Appends a row; what is missing or NaN stays empty."""
-        key, *others = self.columns
-        values = [row.get(column, math.nan) for column in others]
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow(
-                [int(row[key])]
-                + ["" if math.isnan(value) else repr(value) for value in values]
-            )
-
-
-def read(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a CSV file of numbers; empty ones are NaN."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            {key: float(value or "nan") for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
-
-
 def mean_of(rows: list[dict[str, float]], column: str) -> float:
     """Mean of a column over the rows that have it; NaN if none has."""
     values = [row[column] for row in rows if not math.isnan(row[column])]
@@ -145,20 +112,35 @@ def plot_features(
     labels: np.ndarray,
     num_known: int,
 ) -> None:
-    """Two principal components of features: of the reference, and after discovery."""
+    """Directions of features, of the reference and after discovery, in one plane.
+
+    Known classes are gray; of the novel ones, the first five have a colour each.
+    """
     import matplotlib.pyplot as plt
     from sklearn.decomposition import PCA
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5))
-    for axis, features, title in (
-        (axes[0], before, "reference model"),
-        (axes[1], after, "after discovery"),
-    ):
-        x, y = PCA(2, random_state=0).fit_transform(features).T
-        for marker, rows in (".", labels < num_known), ("x", labels >= num_known):
-            colors = plt.get_cmap("tab20")(labels[rows] % 20)
-            axis.scatter(x[rows], y[rows], s=12, c=colors, marker=marker, linewidths=1)
-        axis.set(title=f"{title} (. known, x novel)", xticks=[], yticks=[])
-    figure.tight_layout()
+    unit = lambda z: z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    clouds = {"reference model": unit(before), "after discovery": unit(after)}
+    plane = PCA(2, random_state=0).fit(np.concatenate(list(clouds.values())))
+    novel = np.unique(labels[labels >= num_known])
+    groups = {"known": ("0.75", labels < num_known)}
+    for number, label in enumerate(novel[:5]):
+        groups[f"class {label}"] = (f"C{number}", labels == label)
+    if len(novel) > 5:
+        groups["other novel"] = ("0.3", labels > novel[4])
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 5), sharex=True, sharey=True, layout="constrained"
+    )
+    for axis, (title, cloud) in zip(axes, clouds.items()):
+        points = plane.transform(cloud)
+        for name, (color, rows) in groups.items():
+            axis.plot(*points[rows].T, ".", ms=3, color=color, label=name)
+        axis.set(title=title, xticks=[], yticks=[])
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(groups),
+        markerscale=3,
+    )
     figure.savefig(out / "features.png", dpi=120)
     plt.close(figure)

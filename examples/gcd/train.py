@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,15 +22,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from tqdm import tqdm
 
 import optax_mtl
+from examples import runs
 from examples.gcd import config as config_lib
 from examples.gcd import data, model, objective, report
-from examples.gcd.config import Config
+from examples.gcd.config import COORDINATED, Config
+from examples.progress import bar, say
 
-# EAGC and its halves, by whether they project and align.
-COORDINATED = {"eagc": (True, True), "aga": (False, True), "eep": (True, False)}
 STEP_COLUMNS = ["step", "supervised", "unsupervised", "labelled_energy", "gdc", "soc"]
 EPOCH_COLUMNS = ["epoch", "all", "old", "new", "soc"]
 
@@ -87,29 +85,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     split, images = prepare(config)
     reference = make_reference(config, split)
     experiment = make_experiment(config, split)
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, enable_async_checkpointing=False
-    )
-    with ocp.CheckpointManager(
-        out.absolute() / "checkpoints", options=options
-    ) as saved:
-        epoch = saved.latest_step()
-        _check_out(out, config, epoch)
-        if epoch is None:
+    with runs.open_checkpoints(out) as saved:
+        last = saved.latest_step()
+        runs.check_settings(out, config, last)
+        if last is None:
             train_reference(config, reference, images)
         backbone = nnx.state(reference.backbone)
         state, frozen = start(config, experiment, split, backbone)
-        if epoch is None:
-            epoch = 0
-            saved.save(0, args=ocp.args.StandardSave((state, frozen)))
-        else:
-            like = ocp.args.StandardRestore((state, frozen))
-            state, frozen = saved.restore(epoch, args=like)
+        if last is None:
+            runs.save(saved, 0, (state, frozen))
+        epoch, (state, frozen) = runs.restore(saved, (state, frozen))
         discover(config, experiment, split, images, state, frozen, epoch, saved)
 
     results = summarize(out)
-    print(f"{config.method}: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
-    print(f"{time.time() - started:.0f} s; logs and figures are in {out}")
+    say(f"{config.method}: {_in_words(results)}")
+    say(f"{time.time() - started:.0f} s; logs and figures are in {out}")
     return results
 
 
@@ -145,13 +135,15 @@ def train_reference(config: Config, reference: model.Reference, images: Images) 
     )
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     optimizer_state = init(params)
-    bar = _bar(range(config.reference_epochs), "reference")
-    for epoch in bar:
+    epochs = bar(range(config.reference_epochs), desc="reference", unit="epoch")
+    for epoch in epochs:
         for number in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             params, optimizer_state, loss = step(
                 params, optimizer_state, rest, images, key, number
             )
-        bar.set_postfix(loss=f"{loss:.3f}")
+        epochs.set_postfix(loss=f"{loss:.3f}")
+    if config.reference_epochs:
+        say(f"reference, {config.reference_epochs} epochs: loss {loss:.3f}")
     nnx.update(reference, params)
 
 
@@ -380,12 +372,14 @@ def discover(
     """Stage 3: trains from `epoch` on, with logs, checkpoints and figures."""
     out = pathlib.Path(config.out)
     per_epoch = experiment.steps_per_epoch
-    steps = report.Log(out / "steps.csv", STEP_COLUMNS, start=epoch * per_epoch)
-    epochs = report.Log(out / "epochs.csv", EPOCH_COLUMNS, start=epoch + 1)
-    board = _tensorboard(out) if config.tensorboard else None
+    steps = runs.Log(out / "steps.csv", STEP_COLUMNS, last=epoch * per_epoch - 1)
+    epochs = runs.Log(out / "epochs.csv", EPOCH_COLUMNS, last=epoch)
+    board = None
+    if config.tensorboard:
+        board = runs.tensorboard(out, epoch * per_epoch)
 
-    bar = _bar(range(epoch, config.epochs), config.method)
-    for epoch in bar:
+    numbers = bar(range(epoch, config.epochs), desc=config.method, unit="epoch")
+    for epoch in numbers:
         pending = []
         for number in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             diagnose = number < config.diagnose_steps
@@ -399,7 +393,7 @@ def discover(
             if not math.isfinite(row["supervised"] + row["unsupervised"]):
                 raise FloatingPointError(
                     f"the losses of step {row['step']:.0f} are not finite, as in "
-                    f"{steps.path}: try a smaller --lr or --backbone-lr"
+                    f"{steps.file}: try a smaller --lr or --backbone-lr"
                 )
 
         done = epoch + 1
@@ -411,8 +405,9 @@ def discover(
             }
             epochs.write(row)
             rows.append(row)
-            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("all", "old", "new")})
-            saved.save(done, args=ocp.args.StandardSave((state, frozen)))
+            accuracies = {k: row[k] for k in ("all", "old", "new")}
+            say(f"epoch {done} of {config.epochs}: {_in_words(accuracies)}")
+            runs.save(saved, done, (state, frozen))
         if board is not None:
             for row in rows:
                 for name, value in row.items():
@@ -465,11 +460,11 @@ def in_batches(fn: Callable, images: np.ndarray, size: int = 256) -> Any:
 
 def summarize(out: pathlib.Path) -> dict[str, float]:
     """The last accuracies and the means of GDC and SOC; also as result.json."""
-    last = report.read(out / "epochs.csv")[-1]
-    steps = report.read(out / "steps.csv")
+    last = runs.read(out / "epochs.csv")[-1]
+    steps = runs.read(out / "steps.csv")
     results = {name: last[name] for name in ("all", "old", "new")}
     results |= {name: report.mean_of(steps, name) for name in ("gdc", "soc")}
-    (out / "result.json").write_text(json.dumps(results, indent=2) + "\n")
+    runs.replace(out / "result.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -519,11 +514,6 @@ def _without_seed(config):
 
 
 def _sizes(config, split):
-    if config.objective not in ("simgcd", "rankstats"):
-        raise ValueError(f"--objective {config.objective}: known are simgcd, rankstats")
-    if config.preset not in model.PRESETS:
-        known = ", ".join(model.PRESETS)
-        raise ValueError(f"--preset {config.preset}: known are {known}")
     preset = model.PRESETS[config.preset]
     return preset, split.images.shape[1:], jnp.dtype(config.dtype)
 
@@ -534,39 +524,8 @@ def _trains(config):
     return lambda path, _: model.is_trainable(path, config.trainable, depth)
 
 
-def _check_out(out, config, epoch):
-    """Refuses to overwrite a run, or to continue it with other settings."""
-    settings = dataclasses.asdict(config)
-    for name in "out", "resume", "tensorboard":
-        del settings[name]
-    file = out / "config.json"
-    if epoch is not None:
-        if not config.resume:
-            raise FileExistsError(
-                f"{out} holds a run up to epoch {epoch}: continue it with --resume or "
-                "choose another --out"
-            )
-        old = json.loads(file.read_text())
-        changed = [name for name in settings if settings[name] != old[name]]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"--resume: the run in {out} has {name} {old[name]!r}, not "
-                f"{settings[name]!r}"
-            )
-    file.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _tensorboard(out):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("--tensorboard needs `pip install tensorboardX`") from error
-    return SummaryWriter(str(out / "tensorboard"))
-
-
-def _bar(epochs, title):
-    return tqdm(epochs, title, unit="epoch", disable=not sys.stderr.isatty())
+def _in_words(results):
+    return ", ".join(f"{name} {value:.3f}" for name, value in results.items())
 
 
 if __name__ == "__main__":

@@ -1,46 +1,49 @@
 """Settings of the quickstart; each field is a flag of train.py."""
 
-import argparse
 import dataclasses
+
+from examples import flags
+from examples.flags import Number, setting, whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flat and small: change a default here, or give the flag."""
+    """Train one network on three tasks, with several methods beside the plain sum."""
 
-    methods: tuple[str, ...] = (
-        "linear",  # Equal weights: the plain sum.
-        "pcgrad",
-        "cagrad",
-        "upgrad",
-        "mgda",
-        "imtl_g",
-        "nash_mtl",
+    methods: tuple[str, ...] = setting(
+        ("linear", "pcgrad", "cagrad", "upgrad", "mgda", "imtl_g", "nash_mtl"),
+        "names in optax_mtl.METHODS; linear is the plain sum",
+        flags.method(),
     )
-    draw_weights: tuple[float, ...] = (0.25, 2.0, 4.0)  # Of sums tuned by hand.
-    seeds: int = 3
-    steps: int = 600
-    eval_every: int = 50
-    batch_size: int = 64
-    test_size: int = 2000
-    learning_rate: float = 4e-3
-    features: int = 12  # Few, so that the tasks conflict.
-    data: str = ""  # FILE.npz with x_train, y_train, x_test, y_test.
-    out: str = "runs/quickstart"
+    draw_weights: tuple[float, ...] = setting(
+        (0.25, 2.0, 4.0),
+        "of drawing, in sums tuned by hand",
+        Number(float, least=0),
+    )
+    seeds: int = setting(3, "runs of each method", whole(1))
+    steps: int = setting(600, "of training", whole(1))
+    eval_every: int = setting(50, "steps between evaluations", whole(1))
+    batch_size: int = setting(64, "canvases in a step", whole(2))
+    test_size: int = setting(2000, "canvases to evaluate on", whole(2))
+    learning_rate: float = setting(4e-3, "of AdamW", Number(float, above=0))
+    features: int = setting(12, "of the trunk: few, so that tasks conflict", whole(1))
+    data: str = setting(
+        "", "FILE.npz with x_train, y_train, x_test, y_test; by default small digits"
+    )
+    out: str = setting("runs/quickstart", "folder of the figure")
 
 
 def parse(arguments: list[str] | None = None) -> Config:
     """Reads a :class:`Config` from the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train one network on three tasks, with several methods.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    for field in dataclasses.fields(Config):
-        many = isinstance(field.default, tuple)
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=type(field.default[0] if many else field.default),
-            nargs="*" if many else None,
-            default=field.default,
+    return flags.parse(Config, arguments, Config.__doc__ or "", check)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for settings that do not go together."""
+    if not config.methods:
+        raise ValueError("--methods: name at least one")
+    if config.steps % config.eval_every:
+        raise ValueError(
+            f"--steps {config.steps} is not a multiple of --eval-every "
+            f"{config.eval_every}: the last step would not be evaluated"
         )
-    return Config(**vars(parser.parse_args(arguments)))

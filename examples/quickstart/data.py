@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples import arrays
+
 
 class Digits(NamedTuple):
     """Single digits."""
@@ -30,9 +32,8 @@ def load(path: str = "") -> tuple[Digits, Digits]:
       path: an .npz file with x_train, y_train, x_test and y_test, such as MNIST.
     """
     if path:
-        with np.load(path) as file:
-            train = file["x_train"] / np.float32(255), file["y_train"]
-            test = file["x_test"] / np.float32(255), file["y_test"]
+        found = arrays.load("--data", path)
+        train, test = (_checked(found, part, path) for part in ("train", "test"))
     else:
         from sklearn.datasets import load_digits
 
@@ -43,6 +44,24 @@ def load(path: str = "") -> tuple[Digits, Digits]:
         train, test = (images[:1297], labels[:1297]), (images[1297:], labels[1297:])
     to_digits = lambda x, y: Digits(jnp.asarray(x), jnp.asarray(y, jnp.int32))
     return to_digits(*train), to_digits(*test)
+
+
+def _checked(found, part, path):
+    """Images from 0 to 1 and labels of one part of a file."""
+    names = f"x_{part}", f"y_{part}"
+    images, labels = (arrays.first_of([name], found, "--data", path) for name in names)
+    square = images.ndim == 3 and images.shape[1] == images.shape[2]
+    if not square or images.dtype != np.uint8:
+        raise ValueError(
+            f"--data {path}: expected {names[0]} in uint8 and of shape (N, size, "
+            f"size), found {images.dtype} {images.shape}"
+        )
+    if labels.shape != images.shape[:1] or not np.isin(labels, range(10)).all():
+        raise ValueError(
+            f"--data {path}: expected a digit from 0 to 9 for each of the "
+            f"{len(images)} images in {names[1]}"
+        )
+    return images / np.float32(255), labels
 
 
 @functools.partial(jax.jit, static_argnames="size")

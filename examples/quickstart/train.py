@@ -21,6 +21,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import optax_mtl
+from examples.progress import bar, say
 from examples.quickstart import config, data, model, report
 
 
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     runs: dict[str, list[report.Run]] = {name: [] for name in methods}
     total = len(methods) * settings.seeds * settings.steps
-    with tqdm(total=total, unit="step", disable=None) as progress:
+    with bar(total=total, unit="step") as progress:
         for name in methods:
             progress.set_description(name)
             for seed in range(settings.seeds):
@@ -162,6 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
                     compiled[name], evaluate, train_digits, seed, settings, progress
                 )
                 runs[name].append(run)
+                scores = zip(model.TASKS, run.scores[-1])
+                words = ", ".join(f"{task} {score:.1f} %" for task, score in scores)
+                say(f"{report.label(name)}, seed {seed}: {words}")
 
     plain = {"plain": compile_step(plain_step, adamw, height, settings)}
     batch = data.sample(jax.random.key(0), train_digits, settings.batch_size)

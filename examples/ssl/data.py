@@ -3,13 +3,13 @@
 import concurrent.futures
 import functools
 import pathlib
-import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from examples import arrays
 from examples.ssl.config import Config
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -158,26 +158,17 @@ def _cut_photos(size):
 
 
 def _load_file(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"--data {path}: no such file")
-    try:
-        with path.open("rb") as file:
-            arrays = dict(np.load(file).items())
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--data {path}: not an NPZ file of arrays") from error
-    name = next((x for x in ("x", "x_train", "images") if x in arrays), None)
-    if name is None:
-        raise ValueError(f"--data {path}: expected images in x, found {sorted(arrays)}")
-    images = arrays[name]
+    found = arrays.load("--data", path)
+    images = arrays.first_of(("x", "x_train", "images"), found, "--data", path)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(
-            f"--data {path}: expected {name} in uint8 and of shape (N, H, W) or "
+            f"--data {path}: expected images in uint8 and of shape (N, H, W) or "
             f"(N, H, W, C), found {images.dtype} {images.shape}"
         )
     if images.ndim == 3:
         images = images[..., None]
-    label = next((x for x in ("y", "y_train", "label", "labels") if x in arrays), None)
-    labels = arrays[label] if label else np.zeros(len(images), np.int32)
+    label = next((x for x in ("y", "y_train", "label", "labels") if x in found), None)
+    labels = found[label] if label else np.zeros(len(images), np.int32)
     if labels.shape != (len(images),):
         raise ValueError(
             f"--data {path}: expected one label for each of the {len(images)} images "

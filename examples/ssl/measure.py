@@ -5,9 +5,9 @@
         --flags="--batch-size 256 --micro-batches 8"
 
 makes for each row one run at each learning rate, then one with each of three more
-seeds at the rate with the smallest validation loss; with `--figure`, a figure of what
-the models of the first of these seeds make of ten validation images. Each run has its
-own folder; finished runs are not repeated, and an interrupted one goes on.
+seeds at the rate with the smallest validation loss; with `--figure`, the differences
+are also drawn. Each run has its own folder; finished runs are not repeated, and an
+interrupted one goes on.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import pathlib
 import re
 import statistics
 
+from examples import runs
 from examples.ssl import config as config_lib
-from examples.ssl import data, model, report, train
+from examples.ssl import data, report, train
 from examples.ssl.config import Config
 
 ROWS = {  # Flags of each.
@@ -34,7 +35,7 @@ ROWS = {  # Flags of each.
 }
 YARDSTICK = "sum, momentum before AdamW"
 FLAGS = "--steps 150 --batch-size 64 --warmup-steps 15 --eval-every 150"
-FLAGS += " --eval-images 448 --devices 1 --resume"
+FLAGS += " --eval-images 448 --devices 1"
 RATES = ["1e-3", "2e-3", "4e-3", "8e-3", "16e-3"]
 SEARCH, SEEDS = 0, [1, 2, 3]
 
@@ -45,20 +46,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default="runs/ssl-measure")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--flags", default="", help="more of them, for train.py")
-    parser.add_argument("--figure", action="store_true")
+    parser.add_argument("--figure", action="store_true", help="differences.png")
     arguments = parser.parse_args(argv)
-    runs = {}
+    chosen = {}
     for name in dict.fromkeys([*arguments.rows, YARDSTICK]):
         settings = functools.partial(make_flags, arguments, name)
         search = {rate: run(settings(rate, SEARCH)) for rate in RATES}
         rate = min(search, key=lambda rate: loss(search[rate]))
-        runs[name] = [settings(rate, seed) for seed in SEEDS]
-        for flags in runs[name]:
-            run(flags)
+        chosen[name] = [run(settings(rate, seed)) for seed in SEEDS]
+    print_table(chosen)
     if arguments.figure:
-        plot({name: flags[0] for name, flags in runs.items()}, arguments.out)
-    else:
-        print_table({name: list(map(run, flags)) for name, flags in runs.items()})
+        title = pathlib.Path(arguments.data).stem
+        plot(chosen, title, arguments.out / "differences.png")
 
 
 def make_flags(
@@ -80,10 +79,11 @@ def run(flags: list[str]) -> dict[str, float]:
     folder = pathlib.Path(config.out)
     if not (folder / "results.json").exists():
         print(folder.name)
-        train.run(config, *prepare(config))
+        resume = (folder / "checkpoints").exists()
+        train.run(dataclasses.replace(config, resume=resume), *prepare(config))
     results = json.loads((folder / "results.json").read_text())
-    log = report.read(folder / "log.csv")
-    conflicts = [float(row["cosine"]) < 0 for row in log if row["cosine"]]
+    cosines = [row["cosine"] for row in runs.read(folder / "log.csv")]
+    conflicts = [cosine < 0 for cosine in cosines if not math.isnan(cosine)]
     return results | {
         "rate": config.learning_rate,
         "conflicts": statistics.fmean(conflicts or [math.nan]),
@@ -114,13 +114,19 @@ def print_table(runs: dict[str, list[dict[str, float]]]) -> None:
         cells = [f"{results[0]['rate']:g}"]
         for key in "l1", "ssim":
             values = [result[key] for result in results]
-            theirs = [result[key] for result in runs[YARDSTICK]]
-            differences = [a - b for a, b in zip(values, theirs)]
             cells += [spread(values, "")]
-            cells += [spread(differences, "+") if name != YARDSTICK else ""]
+            off = spread(differences(runs, name, key), "+")
+            cells += [off if name != YARDSTICK else ""]
         share = statistics.fmean(result["conflicts"] for result in results)
         cells += ["" if math.isnan(share) else f"{100 * share:.0f} %"]
         print(f"| {name} | {' | '.join(cells)} |")
+
+
+def differences(
+    runs: dict[str, list[dict[str, float]]], name: str, key: str
+) -> list[float]:
+    """How far a row is from the yardstick, seed by seed."""
+    return [a[key] - b[key] for a, b in zip(runs[name], runs[YARDSTICK])]
 
 
 def spread(values: list[float], sign: str) -> str:
@@ -128,18 +134,17 @@ def spread(values: list[float], sign: str) -> str:
     return f"{statistics.fmean(values):{sign}.3f} ± {statistics.stdev(values):.3f}"
 
 
-def plot(runs: dict[str, list[str]], out: pathlib.Path) -> None:
-    """What the model of each run makes of the same images."""
-    made = {}
-    for name, flags in runs.items():
-        config = config_lib.parse(flags)
-        images, experiment = prepare(config)
-        with train.open_checkpoints(pathlib.Path(config.out)) as saved:
-            state = train.restore(saved, experiment.init(config))
-        batch = next(data.validation(images, model.num_patches(config), config))
-        batch = experiment.place(batch)
-        seen, made[name], original = experiment.reconstruct(state, batch)
-    report.plot_reconstructions(out, seen, made, original)
+def plot(
+    runs: dict[str, list[dict[str, float]]], title: str, file: pathlib.Path
+) -> None:
+    """The differences of the table as dots with error bars."""
+    rows = {}
+    for name in [name for name in runs if name != YARDSTICK]:
+        values = {key: differences(runs, name, key) for key in ("l1", "ssim")}
+        rows[name] = {
+            key: (statistics.fmean(x), statistics.stdev(x)) for key, x in values.items()
+        }
+    report.plot_differences(file, {title: rows})
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ python -m examples.ssl.train --method sum --out runs/ssl-sum
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,9 +18,10 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 import optax_mtl
+from examples import runs
+from examples.progress import bar, say
 from examples.ssl import config as config_lib
 from examples.ssl import data, model, report
 from examples.ssl.config import Config
@@ -60,35 +59,21 @@ def run(
 ) -> dict[str, float]:
     """As :func:`main`, with an experiment that may have served other runs."""
     folder = pathlib.Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open_checkpoints(folder) as saved:
-        start = saved.latest_step() or 0
-        _check_folder(folder, config, start)
-        state = restore(saved, experiment.init(config))
+    with runs.open_checkpoints(folder) as saved:
+        runs.check_settings(folder, config, saved.latest_step())
+        start, state = runs.restore(saved, experiment.init(config))
         state, speed = fit(config, experiment, images, state, start, folder, saved)
 
     title = f"{config.method}, {config.mode}" if config.method != "sum" else "sum"
     report.plot_curves(folder, experiment.tasks, title)
     batch = next(data.validation(images, model.num_patches(config), config))
     seen, made, original = experiment.reconstruct(state, experiment.place(batch))
-    report.plot_reconstructions(folder, seen, {"made": made}, original, title)
+    pictures = {"seen": seen, "made": made, "original": original}
+    report.plot_reconstructions(folder, pictures, title)
     results = validate(config, experiment, images, state) | speed
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(", ".join(f"{name} {value:.4g}" for name, value in results.items()))
+    runs.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    say(_in_words(results))
     return results
-
-
-def open_checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
-    """The last checkpoints of the run in a folder."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-
-
-def restore(saved: ocp.CheckpointManager, fresh: State) -> State:
-    """The newest state, or the fresh one if none has been saved."""
-    if saved.latest_step() is None:
-        return fresh
-    return saved.restore(saved.latest_step(), args=ocp.args.StandardRestore(fresh))
 
 
 def make_experiment(config: Config, images: data.Images) -> Experiment:
@@ -214,19 +199,20 @@ def fit(
     num_patches = model.num_patches(config)
     columns = ["step", *experiment.tasks, "cosine", "conflicts", "winner"]
     columns += [f"valid_{name}" for name in experiment.tasks]
-    steps = tqdm(
+    steps = bar(
         range(start + 1, config.steps + 1),
         desc=config.method,
         initial=start,
         total=config.steps,
         unit="step",
-        disable=not sys.stderr.isatty(),
     )
+    log = runs.Log(folder / "log.csv", columns, last=start)
     seconds, counted = 0.0, 0
     with contextlib.ExitStack() as stack:
-        opened = lambda writer: stack.enter_context(contextlib.closing(writer))
-        board = opened(_tensorboard(folder, start)) if config.tensorboard else None
-        log = opened(report.Log(folder / "log.csv", columns, start))
+        board = None
+        if config.tensorboard:
+            board = runs.tensorboard(folder, start + 1)
+            stack.enter_context(contextlib.closing(board))
         for step in steps:
             batch = data.draw(images, step, num_patches, config)
             batch = experiment.place(batch)
@@ -240,13 +226,13 @@ def fit(
             if step % config.eval_every == 0 or step == config.steps:
                 valid = validate(config, experiment, images, state)
                 row |= {f"valid_{name}": x for name, x in valid.items()}
-                steps.set_postfix({name: f"{x:.3f}" for name, x in valid.items()})
+                say(f"step {step} of {config.steps}: {_in_words(valid)}")
             log.write({"step": step} | row)
             if board:
                 for name, x in row.items():
                     board.add_scalar(name, x, step)
             if step % config.eval_every == 0 or step == config.steps:
-                saved.save(step, args=ocp.args.StandardSave(state))
+                runs.save(saved, step, state)
     speed = config.batch_size * counted / seconds if counted else float("nan")
     return state, {"images_per_second": speed}
 
@@ -285,35 +271,8 @@ def _devices(config):
     return sharding(), sharding("data")
 
 
-def _check_folder(folder, config, start):
-    """Refuses to overwrite a run, or to continue it with other settings."""
-    settings = dataclasses.asdict(config)
-    for name in ("out", "resume", "devices", "tensorboard"):
-        del settings[name]
-    file = folder / "config.json"
-    if not start:
-        file.write_text(json.dumps(settings, indent=2) + "\n")
-    else:
-        if not config.resume:
-            raise FileExistsError(
-                f"{folder} holds a run up to step {start}: continue it with --resume, "
-                "or choose another --out"
-            )
-        old = json.loads(file.read_text())
-        for name, value in settings.items():
-            if old.get(name) != value:
-                raise ValueError(
-                    f"--resume: the run in {folder} has {name} {old.get(name)!r}, "
-                    f"not {value!r}"
-                )
-
-
-def _tensorboard(folder, start):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("--tensorboard needs `pip install tensorboardX`") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+def _in_words(values):
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 if __name__ == "__main__":

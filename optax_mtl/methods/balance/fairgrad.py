@@ -62,7 +62,7 @@ def fairgrad(
       is zero.
     """
     base.check_range("alpha", alpha, "[0, inf)")
-    base.check_range("max_norm", max_norm, "(0, inf)", optional=True)
+    base.check_range("max_norm", max_norm, "(0, inf]", optional=True)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

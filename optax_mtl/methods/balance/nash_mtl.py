@@ -59,7 +59,7 @@ def nash_mtl(
       there is none, because a convex combination of the gradients vanishes, the
       update is zero.
     """
-    base.check_range("max_norm", max_norm, "(0, inf)", optional=True)
+    base.check_range("max_norm", max_norm, "(0, inf]", optional=True)
     preference = base.check_preference(preference)
 
     def weights_fn(gram):

@@ -144,7 +144,7 @@ def gcond(
     base.check_range("tie_breaking", tie_breaking, "[0, inf)")
     base.check_count("dominance_window", dominance_window, least=0)
     base.check_range("norm_decay", norm_decay, "[0, 1)")
-    base.check_range("norm_cap", norm_cap, "(0, inf)", optional=True)
+    base.check_range("norm_cap", norm_cap, "(0, inf]", optional=True)
     base.check_count("max_iters", max_iters, least=0, optional=True)
     base.check_choice("smooth", smooth, (True, False))
     base.check_choice("reference", reference, ("accumulated", "resolved"))
@@ -380,7 +380,7 @@ def scale_by_lion_lars(
       Stabilization for Large-Scale Multi-Task Learning
       <https://arxiv.org/abs/2509.07252>`_, 2025, section III.F
     """
-    base.check_range("clip", clip, "(0, inf)")
+    base.check_range("clip", clip, "(0, inf]")
 
     def scale(update, param):
         length, size = optax.tree.norm(update), optax.tree.norm(param)

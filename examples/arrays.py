@@ -1,0 +1,40 @@
+"""Arrays from files of users, who are told what is wrong with them."""
+
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def load(flag: str, file: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an NPZ file.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not one, or holds Python objects, which could run code.
+    """
+    if not pathlib.Path(file).is_file():
+        raise FileNotFoundError(f"{flag} {file}: no such file")
+    with open(file, "rb") as opened:
+        try:
+            with np.load(opened) as arrays:
+                return dict(arrays)
+        except (
+            *(OSError, ValueError, EOFError, TypeError, AttributeError),
+            *(zipfile.BadZipFile, zlib.error),
+        ):
+            pass  # NumPy's own message advises to load it unsafely.
+    raise ValueError(f"{flag} {file}: not an NPZ file of arrays")
+
+
+def first_of(
+    names: Iterable[str], arrays: dict[str, np.ndarray], flag: str, file: Any
+) -> np.ndarray:
+    """The first array that is there."""
+    for name in names:
+        if name in arrays:
+            return arrays[name]
+    raise ValueError(f"{flag} {file} has {sorted(arrays)}, but none of {list(names)}")
