@@ -61,16 +61,20 @@ def per_task(
         if count is None:
             return updates, state
         exists = tasks.has_gradient(updates)
+        # Squares of small numbers vanish in float16.
+        precise = jax.tree.map(
+            lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates
+        )
         update_one = lambda exists, g, s: base.update_if(
             exists, tx, g, s, params, **extra_args
         )
-        new_updates, new_state = jax.vmap(update_one)(exists, updates, state)
-        if not jax.tree.leaves(state):
-            return new_updates, new_state
-        # Squares fit, and with them what running averages of them become.
-        finite = base.all_finite(tasks.squared_norms(updates))
-        new_updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan), new_updates)
-        return new_updates, base.keep_if(finite, new_state, state)
+        out, new_state = jax.vmap(update_one)(exists, precise, state)
+        if jax.tree.leaves(state):
+            # Squares fit, and with them what running averages of them become.
+            finite = base.all_finite(tasks.squared_norms(updates))
+            out = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan), out)
+            new_state = base.keep_if(finite, new_state, state)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
