@@ -9,16 +9,16 @@ from optax_mtl.base import from_state as from_state
 from optax_mtl.catalog import METHODS as METHODS
 from optax_mtl.catalog import Entry as Entry
 from optax_mtl.catalog import get as get
-from optax_mtl.gradients.accumulated import MultiStepsState as MultiStepsState
 from optax_mtl.gradients.accumulated import (
     accumulate_task_grads as accumulate_task_grads,
 )
-from optax_mtl.gradients.accumulated import has_updated as has_updated
-from optax_mtl.gradients.accumulated import multi_steps as multi_steps
-from optax_mtl.gradients.accumulated import next_task as next_task
 from optax_mtl.gradients.at_features import (
     value_and_grad_at_features as value_and_grad_at_features,
 )
+from optax_mtl.gradients.multi_steps import MultiStepsState as MultiStepsState
+from optax_mtl.gradients.multi_steps import has_updated as has_updated
+from optax_mtl.gradients.multi_steps import multi_steps as multi_steps
+from optax_mtl.gradients.multi_steps import next_task as next_task
 from optax_mtl.gradients.resolved import value_and_grad as value_and_grad
 from optax_mtl.gradients.stacked import value_and_task_grads as value_and_task_grads
 from optax_mtl.guards import apply_if_finite as apply_if_finite
