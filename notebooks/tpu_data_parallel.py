@@ -56,8 +56,10 @@ from sklearn.datasets import load_digits
 
 import optax_mtl
 
-# Without an accelerator, each core of the CPU is a device: with more devices than
-# cores, they can wait for each other until XLA gives up. Before the first use of JAX!
+# Without an accelerator, each core of the CPU is a device. An all-reduce that waits for
+# the other devices holds a thread, and two of one device can hold those that the others
+# need to arrive: XLA gets more of them. Both before the first use of JAX!
+os.environ.setdefault("NPROC", str(8 * CPU_DEVICES))
 jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 platform = jax.devices()[0].platform
 print("JAX running on", jax.device_count(), platform.upper(), "devices")

@@ -6,6 +6,9 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# Threads of XLA: an all-reduce that waits for the other devices holds one, and those of
+# one device must not hold all that the others need to arrive.
+os.environ.setdefault("NPROC", "32")
 # Compiling takes the time of the tests: a quarter of it with XLA's older emitters and
 # without LLVM's optimizations. .ci/run sets flags of its own, and newer versions of
 # XLA, which have one kind of emitter, are tested as users compile.
