@@ -95,16 +95,21 @@ def simplex_qp(
     return _active_set(Q, -q, jnp.zeros_like(q), mask, on_simplex=True)
 
 
-def dual_cone(gram: jax.Array, lower: jax.Array) -> jax.Array:
+def dual_cone(
+    gram: jax.Array, lower: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
     r"""Solves :math:`\min_v v^\top M v` subject to :math:`v \ge` ``lower``.
 
     The combination of the gradients with weights ``v`` is the projection of their
     combination with weights ``lower`` onto the dual cone of the gradients, the
-    directions that conflict with none of them.
+    directions that conflict with none of them. It is never longer than what is
+    projected, also where the gradients are dependent.
 
     Args:
       gram: inner products of the task gradients, of shape (T, T).
       lower: weights before the projection, of shape (T,).
+      mask: the gradients that the projection is not to conflict with, of shape (T,);
+        all by default. The weights of the others stay as they are.
 
     Returns:
       Weights of the projection, of shape (T,).
@@ -115,7 +120,7 @@ def dual_cone(gram: jax.Array, lower: jax.Array) -> jax.Array:
       [1.     0.5789]
     """
     gram, lower = _compute(gram, lower)
-    return _active_set(gram, jnp.zeros_like(lower), lower)
+    return _active_set(gram, jnp.zeros_like(lower), lower, mask)
 
 
 @jax.jit
@@ -502,6 +507,12 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     minimiser, the variable with the steepest descent is freed. Each move is computed
     from an accurate residual, which makes moves on the same face a refinement, and a
     small regularization of the factorised matrix harmless.
+
+    Where Q is singular, as for more gradients than dimensions, rounding errors in it
+    look like directions of endless descent. So x is first pulled to its bounds, by as
+    much as they amount to, which limits it: it is close to optimal in any case, and to
+    a minimiser of least norm. A few moves without the pull then give the digits where
+    Q determines them; where they more than double x, there are none to be had.
     """
     eps = jnp.finfo(Q.dtype).eps
     size = len(q)
@@ -572,16 +583,19 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         first = jnp.where(jnp.all(jnp.isfinite(guess)), guess, first)
 
     def body(carry):
-        x, x_low, free, ridge, full_steps, _, count = carry
+        x, x_low, free, ridge, pulled, safe, full_steps, _, left = carry
         high, low = _dot_pair(Q, x, x_low, -q)
         Qx = q + (high + low)
         reduced = -(high + low)
         if on_simplex:  # The common level is much larger than the differences.
             reduced = -(high - a * _inner(high, x) + low)
             reduced = reduced - a * _inner(reduced, x)
+        pull = jnp.where(pulled, ridge, 0)
+        reduced = reduced - pull * (x - lower)
         # Free the variable of steepest descent, if this is a minimiser of the face.
         on_face = jnp.max(jnp.abs(reduced), where=free, initial=0)
         noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
+        noise = jnp.where(pulled, noise + eps * jnp.max(jnp.abs(x)), noise)
         steepest = jnp.where(allowed & ~free, reduced, 0)
         entering = jnp.argmax(steepest)
         enters = (full_steps > 0) & (steepest[entering] > 4 * on_face + noise)
@@ -589,7 +603,10 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         # The move to the minimiser over the free variables.
         gap = 1 - _dot(a[None], x, x_low, jnp.zeros((1,), Q.dtype))[0]
         move = newton(free, reduced, gap, ridge)
-        failed = ~jnp.all(jnp.isfinite(move))
+        norm2 = _inner(x, Qx)
+        # Indefinite by more than was thought.
+        indefinite = pulled & (norm2 < -ridge / 2 * _inner(x, x))
+        failed = ~jnp.all(jnp.isfinite(move)) | indefinite
         ridge = jnp.where(failed, 16 * ridge, ridge)
         move = jnp.where(free & ~failed, move, 0)
         decrement = _inner(move, reduced)
@@ -603,14 +620,24 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         new = jnp.where(blocked, lower, new)
         new_low = jnp.where(blocked, 0, new_low)
         full_steps = jnp.where(jnp.any(blocked), 0, full_steps + 1)
-        norm2 = _inner(x, Qx)
-        big = (16 * eps) ** 2 * norm2 + eps**3 * _inner(x, x)
+        floor = jnp.where(pulled, eps**2, eps**3)
+        big = (16 * eps) ** 2 * norm2 + floor * _inner(x, x)
         going = failed | enters | (full_steps < 2) | (decrement > big)
-        return new, new_low, free & ~blocked, ridge, full_steps, going, count + 1
+        # Let go of x; or take it back.
+        released = pulled & (~going | (left == 1))
+        far = ~pulled & (jnp.linalg.norm(new - safe) > jnp.linalg.norm(safe))
+        new = jnp.where(far & limited, safe, new)
+        safe = jnp.where(released, new, safe)
+        going = released | (going & ~(far & limited))
+        left = jnp.where(released, 8, left - 1)
+        free, pulled = free & ~blocked, pulled & ~released
+        return new, new_low, free, ridge, pulled, safe, full_steps, going, left
 
     free = allowed & (first > lower)
-    ridge = jnp.asarray(4 * eps, Q.dtype)
-    carry = _vary(finite, (first, 0 * first, free, ridge, 1, finite, 0))
-    x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 4 * size + 20), body, carry)
+    ridge = jnp.asarray(4 * size**0.5 * eps, Q.dtype)
+    limited = not on_simplex  # The simplex itself limits x.
+    left = 4 * size + 20
+    carry = (first, 0 * first, free, ridge, limited, lower, 1, finite, left)
+    x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] > 0), body, _vary(finite, carry))
     x = jnp.maximum(x, lower) * scale
     return jnp.where(finite, x, jnp.nan)
