@@ -182,10 +182,11 @@ def simplex_cone_program(
         going = jnp.abs(new_G - c2 * new_z) > 4 * eps * new_G + floor
         return new_w, new_z, new_G, z, G, low, high, going, count + 1
 
-    w = mask / jnp.sum(mask, dtype=b.dtype)
-    z = _inner(w, _dot(M, w, zero, zero)) / c2
-    w, G = solve(z, w)
     low, high = eps**4 / c2, jnp.max(jnp.diagonal(M)) / c2
+    w = mask / _positive(jnp.sum(mask, dtype=b.dtype))
+    # Where the gradients cancel, rounding errors can make w'Mw negative.
+    z = jnp.clip(_inner(w, _dot(M, w, zero, zero)) / c2, low, jnp.maximum(low, high))
+    w, G = solve(z, w)
     carry = _vary(jnp.isfinite(G), (w, z, G, z, G, low, high, True, 0))
     w, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 60), body, carry)
     return w
@@ -599,7 +600,8 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         steepest = jnp.where(allowed & ~free, reduced, 0)
         entering = jnp.argmax(steepest)
         enters = (full_steps > 0) & (steepest[entering] > 4 * on_face + noise)
-        free = free | (enters & (jnp.arange(size) == entering))
+        entered = enters & (jnp.arange(size) == entering)
+        free = free | entered
         # The move to the minimiser over the free variables.
         gap = 1 - _dot(a[None], x, x_low, jnp.zeros((1,), Q.dtype))[0]
         move = newton(free, reduced, gap, ridge)
@@ -609,6 +611,8 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         failed = ~jnp.all(jnp.isfinite(move)) | indefinite
         ridge = jnp.where(failed, 16 * ridge, ridge)
         move = jnp.where(free & ~failed, move, 0)
+        # Between very different scales, its sign may be a rounding error.
+        move = jnp.where(entered, jnp.maximum(move, 0), move)
         decrement = _inner(move, reduced)
         room = jnp.maximum(x - lower, 0)
         blocking = free & (room + move < 0)

@@ -84,7 +84,11 @@ def cagrad_weights(
     Returns:
       Array of shape ``(T,)``.
     """
-    radius = c * jnp.sqrt(jnp.maximum(average @ gram @ average, 0))
+    # Less the rounding errors of the Gram matrix: the ball is not larger than allowed
+    # where the gradients nearly cancel, and a point where nothing else is left.
+    squared = average @ gram @ average
+    noise = 4 * jnp.finfo(gram.dtype).eps * (average**2 @ jnp.diagonal(gram))
+    radius = c * jnp.sqrt(jnp.maximum(squared - noise, 0))
     # The dual problem: the direction is sought in the hull of the task gradients.
     exists = tasks.present(gram)
     hull = solvers.simplex_cone_program(gram, gram @ average, radius, exists)
@@ -93,6 +97,7 @@ def cagrad_weights(
     # none. A ball without it, c < 1, is then one around a vanishing average, or c is 0.
     terms = hull**2 @ jnp.diagonal(gram)
     nothing = norm_squared <= len(gram) * jnp.finfo(gram.dtype).eps * terms
+    nothing |= squared <= noise
     length = jnp.sqrt(jnp.where(nothing, 1, norm_squared))
     at_best = average + radius / length * hull
     return jnp.where(nothing, jnp.where(jnp.less(c, 1), average, 0), at_best)
