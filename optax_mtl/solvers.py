@@ -559,6 +559,9 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         y = solve(free, jnp.stack([reduced, a], 1), ridge)
         return y[:, 0] + (gap - _inner(a, y[:, 0])) / _inner(a, y[:, 1]) * y[:, 1]
 
+    limited = not on_simplex  # The simplex itself limits x.
+    pulled = jnp.asarray(limited)
+
     # A first guess of the free variables, by exchanging all that are wrong at once.
     def exchange(carry):
         free, _, fewest, patience, count = carry
@@ -574,7 +577,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
 
     if start is None and size > 8:
         free = allowed & (on_simplex | (q - jnp.sum(Q * lower[None], 1) > 0))
-        _, x, *_ = lax.while_loop(
+        _, x, wrong, *_ = lax.while_loop(
             lambda c: (c[2] > 0) & (c[3] > 0) & (c[4] < 20),
             exchange,
             _vary(finite, (free, lower, size + 1, 3, 0)),
@@ -582,6 +585,11 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         guess = jnp.maximum(x, lower)
         guess = guess / _inner(a, guess) if on_simplex else guess
         first = jnp.where(jnp.all(jnp.isfinite(guess)), guess, first)
+        # Where none is wrong and gradients do not nearly cancel, the ridge of the guess
+        # has been pull enough.
+        curvature = _inner(first, jnp.sum(Q * first[None], 1))
+        sound = curvature > eps**0.5 * _inner(first, first)
+        pulled = pulled & ~((wrong == 0) & sound)
 
     def body(carry):
         x, x_low, free, ridge, pulled, safe, full_steps, _, left = carry
@@ -639,9 +647,8 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
 
     free = allowed & (first > lower)
     ridge = jnp.asarray(4 * size**0.5 * eps, Q.dtype)
-    limited = not on_simplex  # The simplex itself limits x.
-    left = 4 * size + 20
-    carry = (first, 0 * first, free, ridge, limited, lower, 1, finite, left)
+    left = jnp.where(pulled | on_simplex, 4 * size + 20, 8)
+    carry = (first, 0 * first, free, ridge, pulled, first, 1, finite, left)
     x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] > 0), body, _vary(finite, carry))
     x = jnp.maximum(x, lower) * scale
     return jnp.where(finite, x, jnp.nan)
