@@ -97,16 +97,21 @@ def simplex_qp(
     return _active_set(Q, -q, jnp.zeros_like(q), mask, on_simplex=True)
 
 
-def dual_cone(gram: jax.Array, lower: jax.Array) -> jax.Array:
+def dual_cone(
+    gram: jax.Array, lower: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
     r"""Solves :math:`\min_v v^\top M v` subject to :math:`v \ge` ``lower``.
 
     The combination of the gradients with weights ``v`` is the projection of their
     combination with weights ``lower`` onto the dual cone of the gradients, the
-    directions that conflict with none of them.
+    directions that conflict with none of them. It is never longer than what is
+    projected, also where the gradients are dependent.
 
     Args:
       gram: inner products of the task gradients, of shape (T, T).
       lower: weights before the projection, of shape (T,).
+      mask: the gradients that the projection is not to conflict with, of shape (T,);
+        all by default. The weights of the others stay as they are.
 
     Returns:
       Weights of the projection, of shape (T,).
@@ -117,7 +122,7 @@ def dual_cone(gram: jax.Array, lower: jax.Array) -> jax.Array:
       [1.     0.5789]
     """
     gram, lower = _compute(gram, lower)
-    return _active_set(gram, jnp.zeros_like(lower), lower)
+    return _active_set(gram, jnp.zeros_like(lower), lower, mask)
 
 
 @jax.jit
@@ -179,10 +184,11 @@ def simplex_cone_program(
         going = jnp.abs(new_G - c2 * new_z) > 4 * eps * new_G + floor
         return new_w, new_z, new_G, z, G, low, high, going, count + 1
 
-    w = mask / jnp.sum(mask, dtype=b.dtype)
-    z = _inner(w, _dot(M, w, zero, zero)) / c2
-    w, G = solve(z, w)
     low, high = eps**4 / c2, jnp.max(jnp.diagonal(M)) / c2
+    w = mask / _positive(jnp.sum(mask, dtype=b.dtype))
+    # Where the gradients cancel, rounding errors can make w'Mw negative.
+    z = jnp.clip(_inner(w, _dot(M, w, zero, zero)) / c2, low, jnp.maximum(low, high))
+    w, G = solve(z, w)
     carry = _vary(jnp.isfinite(G), (w, z, G, z, G, low, high, True, 0))
     w, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 60), body, carry)
     return w
@@ -504,6 +510,12 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     minimiser, the variable with the steepest descent is freed. Each move is computed
     from an accurate residual, which makes moves on the same face a refinement, and a
     small regularization of the factorised matrix harmless.
+
+    Where Q is singular, as for more gradients than dimensions, rounding errors in it
+    look like directions of endless descent. So x is first pulled to its bounds, by as
+    much as they amount to, which limits it: it is close to optimal in any case, and to
+    a minimiser of least norm. A few moves without the pull then give the digits where
+    Q determines them; where they make x four times as long, it does not.
     """
     eps = jnp.finfo(Q.dtype).eps
     size = len(q)
@@ -549,6 +561,9 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         y = solve(free, jnp.stack([reduced, a], 1), ridge)
         return y[:, 0] + (gap - _inner(a, y[:, 0])) / _inner(a, y[:, 1]) * y[:, 1]
 
+    limited = not on_simplex  # The simplex itself limits x.
+    pulled = jnp.asarray(limited)
+
     # A first guess of the free variables, by exchanging all that are wrong at once.
     def exchange(carry):
         free, _, fewest, patience, count = carry
@@ -564,7 +579,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
 
     if start is None and size > 8:
         free = allowed & (on_simplex | (q - jnp.sum(Q * lower[None], 1) > 0))
-        _, x, *_ = lax.while_loop(
+        _, x, wrong, *_ = lax.while_loop(
             lambda c: (c[2] > 0) & (c[3] > 0) & (c[4] < 20),
             exchange,
             _vary(finite, (free, lower, size + 1, 3, 0)),
@@ -572,28 +587,42 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         guess = jnp.maximum(x, lower)
         guess = guess / _inner(a, guess) if on_simplex else guess
         first = jnp.where(jnp.all(jnp.isfinite(guess)), guess, first)
+        # Where none is wrong and gradients do not nearly cancel, the ridge of the guess
+        # has been pull enough.
+        curvature = _inner(first, jnp.sum(Q * first[None], 1))
+        sound = curvature > eps**0.5 * _inner(first, first)
+        pulled = pulled & ~((wrong == 0) & sound)
 
     def body(carry):
-        x, x_low, free, ridge, full_steps, _, count = carry
+        x, x_low, free, ridge, pulled, safe, full_steps, _, left = carry
         high, low = _dot_pair(Q, x, x_low, -q)
         Qx = q + (high + low)
         reduced = -(high + low)
         if on_simplex:  # The common level is much larger than the differences.
             reduced = -(high - a * _inner(high, x) + low)
             reduced = reduced - a * _inner(reduced, x)
+        pull = jnp.where(pulled, ridge, 0)
+        reduced = reduced - pull * (x - lower)
         # Free the variable of steepest descent, if this is a minimiser of the face.
         on_face = jnp.max(jnp.abs(reduced), where=free, initial=0)
         noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
+        noise = jnp.where(pulled, noise + eps * jnp.max(jnp.abs(x)), noise)
         steepest = jnp.where(allowed & ~free, reduced, 0)
         entering = jnp.argmax(steepest)
         enters = (full_steps > 0) & (steepest[entering] > 4 * on_face + noise)
-        free = free | (enters & (jnp.arange(size) == entering))
+        entered = enters & (jnp.arange(size) == entering)
+        free = free | entered
         # The move to the minimiser over the free variables.
         gap = 1 - _dot(a[None], x, x_low, jnp.zeros((1,), Q.dtype))[0]
         move = newton(free, reduced, gap, ridge)
-        failed = ~jnp.all(jnp.isfinite(move))
+        norm2 = _inner(x, Qx)
+        # Indefinite by more than was thought.
+        indefinite = pulled & (norm2 < -ridge / 2 * _inner(x, x))
+        failed = ~jnp.all(jnp.isfinite(move)) | indefinite
         ridge = jnp.where(failed, 16 * ridge, ridge)
         move = jnp.where(free & ~failed, move, 0)
+        # Between very different scales, its sign may be a rounding error.
+        move = jnp.where(entered, jnp.maximum(move, 0), move)
         decrement = _inner(move, reduced)
         room = jnp.maximum(x - lower, 0)
         blocking = free & (room + move < 0)
@@ -605,14 +634,23 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         new = jnp.where(blocked, lower, new)
         new_low = jnp.where(blocked, 0, new_low)
         full_steps = jnp.where(jnp.any(blocked), 0, full_steps + 1)
-        norm2 = _inner(x, Qx)
-        big = (16 * eps) ** 2 * norm2 + eps**3 * _inner(x, x)
+        floor = jnp.where(pulled, eps**2, eps**3)
+        big = (16 * eps) ** 2 * norm2 + floor * _inner(x, x)
         going = failed | enters | (full_steps < 2) | (decrement > big)
-        return new, new_low, free & ~blocked, ridge, full_steps, going, count + 1
+        # Let go of x; or take it back.
+        released = pulled & (~going | (left == 1))
+        far = ~pulled & (jnp.linalg.norm(new) > 4 * jnp.linalg.norm(safe))
+        new = jnp.where(far & limited, safe, new)
+        safe = jnp.where(released, new, safe)
+        going = released | (going & ~(far & limited))
+        left = jnp.where(released, 8, left - 1)
+        free, pulled = free & ~blocked, pulled & ~released
+        return new, new_low, free, ridge, pulled, safe, full_steps, going, left
 
     free = allowed & (first > lower)
-    ridge = jnp.asarray(4 * eps, Q.dtype)
-    carry = _vary(finite, (first, 0 * first, free, ridge, 1, finite, 0))
-    x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] < 4 * size + 20), body, carry)
+    ridge = jnp.asarray(4 * size**0.5 * eps, Q.dtype)
+    left = jnp.where(pulled | on_simplex, 4 * size + 20, 8)
+    carry = (first, 0 * first, free, ridge, pulled, first, 1, finite, left)
+    x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] > 0), body, _vary(finite, carry))
     x = jnp.maximum(x, lower) * scale
     return jnp.where(finite, x, jnp.nan)

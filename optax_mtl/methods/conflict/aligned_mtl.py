@@ -49,6 +49,12 @@ def aligned_mtl(
       <https://arxiv.org/abs/2305.19000>`_, CVPR 2023
 
     .. note::
+      Gradients whose matrix of cosines has an eigenvalue below T rounding errors of
+      the largest count as dependent: in float32, two at an angle of less than about
+      1e-3. The update jumps there, as it does in exact arithmetic where they become
+      dependent. A short gradient does not make it jump: with ``"min"`` the update
+      shrinks as this gradient does, down to a rounding error of the longest one.
+
       Some implementations prefer ``1 / T`` for each task, a mean in place of a sum.
     """
     base.check_choice("scale_mode", scale_mode, SCALE_MODES)
@@ -75,14 +81,24 @@ def aligned_mtl_weights(
       Array of shape ``(T,)``.
     """
     gram, _ = solvers.normalize_gram(gram)
-    values, vectors = jnp.linalg.eigh(gram)  # Squared singular values, ascending.
-    kept = values > len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
-    rank = kept.sum()
+    eps = jnp.finfo(gram.dtype).eps
+    # A square root of the matrix of cosines, where dependence is told from shortness.
+    values, vectors = jnp.linalg.eigh(tasks.cosine_similarity(gram))
+    independent = values > len(gram) * eps * values[-1]
+    root = vectors * jnp.sqrt(jnp.where(independent, values, 0))[None]
+    # Its rows times the norms are the gradients but for a rotation. Their singular
+    # values are not squared, so that small ones keep their digits.
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    vectors, values, _ = jnp.linalg.svd(norms[:, None] * root)  # Descending.
+    rank = independent.sum()
+    kept = jnp.arange(len(gram)) < rank
+    values = jnp.where(kept, jnp.maximum(values, eps * values[0]), 1)
     if scale_mode == "rmse":
-        scale = jnp.sum(jnp.where(kept, values, 0)) / jnp.maximum(rank, 1)
+        squares = jnp.sum(jnp.where(kept, values**2, 0))
+        scale = jnp.sqrt(squares / jnp.maximum(rank, 1))
     else:
-        rank_of_scale = 0 if scale_mode == "min" else (rank - 1) // 2
-        scale = values[jnp.minimum(len(gram) - rank + rank_of_scale, len(gram) - 1)]
-    ratios = jnp.where(kept, jnp.sqrt(scale / jnp.where(kept, values, 1)), 0)
+        place = rank - 1 if scale_mode == "min" else rank // 2
+        scale = values[jnp.maximum(place, 0)]
+    ratios = jnp.where(kept, scale / values, 0)
     weights = vectors @ (ratios * (vectors.T @ preference))
     return jnp.where(tasks.present(gram), weights, 0)

@@ -86,15 +86,19 @@ def cagrad_weights(
       Array of shape ``(T,)``.
     """
     gram, _ = solvers.normalize_gram(gram)  # Its squares are numbers, too.
-    radius = c * jnp.sqrt(jnp.maximum(average @ gram @ average, 0))
+    # The squared norm of a combination, and the rounding errors of the Gram matrix in
+    # it. The ball takes them at their worst, so as not to be larger than allowed.
+    squared = lambda w: jnp.maximum(w @ gram @ w, 0)
+    noise = lambda w: 4 * jnp.finfo(gram.dtype).eps * (w**2 @ jnp.diagonal(gram))
+    radius = c * jnp.sqrt(jnp.maximum(squared(average) - noise(average), 0))
     # The dual problem: the direction is sought in the hull of the task gradients.
     exists = tasks.present(gram)
     hull = solvers.simplex_cone_program(gram, gram @ average, radius, exists)
-    norm_squared = hull @ gram @ hull
     # If the hull contains the origin (Pareto stationary), no direction is better than
-    # none. A ball without it, c < 1, is then one around a vanishing average, or c is 0.
-    terms = hull**2 @ jnp.diagonal(gram)
-    nothing = norm_squared <= len(gram) * jnp.finfo(gram.dtype).eps * terms
-    length = jnp.sqrt(jnp.where(nothing, 1, norm_squared))
+    # none, and if the average vanishes, there is no other one. A ball without the
+    # origin, c < 1, is then one around a vanishing average, or c is 0.
+    nothing = squared(hull) <= len(gram) / 4 * noise(hull)
+    nothing |= squared(average) <= noise(average)
+    length = jnp.sqrt(jnp.where(nothing, 1, squared(hull) + noise(hull)))
     at_best = average + radius / length * hull
     return jnp.where(nothing, jnp.where(jnp.less(c, 1), average, 0), at_best)

@@ -138,16 +138,9 @@ def _always(gram):
 
 
 def _cone(gram):
-    # Projecting onto a cone given by gradients adds a combination of these.
-    def multipliers(before, dots):
-        inside = jnp.outer(before, before)
-        return solvers.nonnegative_qp(
-            jnp.where(inside, gram, 0), jnp.where(before, -dots, 0)
-        )
-
     identity = jnp.eye(len(gram), dtype=gram.dtype)
     before = jnp.tril(jnp.ones(gram.shape, bool), -1)
-    return identity + jax.vmap(multipliers)(before, gram)
+    return jax.vmap(solvers.dual_cone, (None, 0, 0))(gram, identity, before)
 
 
 _MODES = {"gated": _gated, "always": _always, "cone": _cone}
