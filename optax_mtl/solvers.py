@@ -151,7 +151,7 @@ def simplex_cone_program(
     """
     gram, b = _compute(gram, b)
     eps = jnp.finfo(gram.dtype).eps
-    unit = _power_of_two(jnp.sqrt(_positive(jnp.trace(gram))))
+    unit = power_of_two(jnp.sqrt(_positive(jnp.trace(gram))))
     M, b = gram / unit / unit, b / unit
     c2 = jnp.maximum(jnp.asarray(c, M.dtype) ** 2, eps**4)
     zero = jnp.zeros_like(b)
@@ -227,7 +227,7 @@ def fairness(
     M, p = _compute(gram, p)
     eps = jnp.finfo(M.dtype).eps
     alpha = jnp.asarray(alpha, M.dtype)
-    unit = _power_of_two(_positive(jnp.trace(M)))
+    unit = power_of_two(_positive(jnp.trace(M)))
     M = M / unit
     active = (jnp.diagonal(M) > 0) & (p > 0)
     active = active if mask is None else active & mask
@@ -495,7 +495,7 @@ def _inner(u, v):
     return jnp.sum(u * v)
 
 
-def _power_of_two(x):
+def power_of_two(x):
     """The power of two next to x > 0: scaling by it is free of rounding errors."""
     _, exponent = jnp.frexp(x)
     return jnp.ldexp(jnp.ones_like(x), exponent)
@@ -527,7 +527,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     spread = jnp.max(jnp.abs(q - jnp.mean(q, where=allowed)), where=allowed, initial=0)
     floor = eps * spread if on_simplex else 0
     level = jnp.maximum(diagonal, floor)
-    scale = 1 / _power_of_two(jnp.sqrt(jnp.where(level > 0, level, 1)))
+    scale = 1 / power_of_two(jnp.sqrt(jnp.where(level > 0, level, 1)))
     Q = Q * jnp.outer(scale, scale)
     q = q * scale
     lower = lower / scale

@@ -85,7 +85,9 @@ def cagrad_weights(
     Returns:
       Array of shape ``(T,)``.
     """
-    gram, _ = solvers.normalize_gram(gram)  # Its squares are numbers, too.
+    # Its squares are numbers, too; free of rounding errors, which a spread of norms
+    # would not forgive.
+    gram = gram / solvers.power_of_two(jnp.trace(gram))
     # The squared norm of a combination, and the rounding errors of the Gram matrix in
     # it. The ball takes them at their worst, so as not to be larger than allowed.
     squared = lambda w: jnp.maximum(w @ gram @ w, 0)
