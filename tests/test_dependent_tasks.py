@@ -135,7 +135,7 @@ def test_projections_match_nnls(num_tasks, dtype):
 @BOTH
 @SIZES
 def test_order_and_scale_do_not_change_upgrad(num_tasks, dtype):
-    """But by rounding errors of the Gram matrix, in another order or at another scale."""
+    """But by rounding errors of the Gram matrix."""
     updates = []
     for seed, factor in ((None, 1), (1, 1), (None, 3e-9)):
         gradients, found = solved(num_tasks, dtype, seed, factor)
