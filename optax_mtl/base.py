@@ -328,11 +328,9 @@ def all_finite(tree: Any) -> jax.Array:
 def keep_if(condition: jax.Array, new_state: Any, old_state: Any) -> Any:
     """The new state where the condition holds, else the old; dtypes of the old."""
 
-    def choose(new, old):
-        if jax.dtypes.issubdtype(old.dtype, jax.dtypes.prng_key):
-            return jnp.where(condition, new, old)
-        return jnp.where(condition, jnp.asarray(new).astype(old.dtype), old)
-
+    choose = lambda new, old: jnp.where(
+        condition, jnp.asarray(new).astype(old.dtype), old
+    )
     return jax.tree.map(choose, new_state, old_state)
 
 
@@ -344,7 +342,7 @@ def check_key(key: Any) -> None:
     """
     is_number = isinstance(key, (int, np.integer, np.ndarray, jax.Array))
     dtype = key.dtype if hasattr(key, "dtype") else np.result_type(type(key))
-    is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    is_key = _is_typed_key(dtype)
     is_seed = jnp.issubdtype(dtype, np.integer)
     # An array of numbers is the data of a key.
     is_seed &= np.ndim(key) == 0 or dtype == np.uint32
@@ -355,10 +353,42 @@ def check_key(key: Any) -> None:
         )
 
 
-def make_key(key: int | jax.Array) -> jax.Array:
-    """A random key in a buffer of its own, from a seed or a key."""
+def key_data(key: int | jax.Array) -> jax.Array:
+    """What a state keeps of a random key: numbers, which every serialiser takes.
+
+    Args:
+      key: a seed, a random key, or the data of one.
+
+    Returns:
+      The data of the key, ``uint32``, in a buffer of its own.
+    """
     is_seed = jnp.issubdtype(jnp.result_type(key), np.integer) and np.ndim(key) == 0
-    return jax.random.key(key) if is_seed else jax.random.clone(key)
+    key = jax.random.key(key) if is_seed else jnp.asarray(key)
+    return jnp.copy(jax.random.key_data(key) if _is_typed_key(key.dtype) else key)
+
+
+def key_of(data: jax.Array, key: int | jax.Array) -> jax.Array:
+    """The random key that a state keeps the data of.
+
+    Args:
+      data: as :func:`key_data` returns it.
+      key: what the method was made with, for the kind of random numbers.
+
+    Raises:
+      TypeError: for the state of an older version, which kept the key itself.
+    """
+    if _is_typed_key(data.dtype):
+        raise TypeError(
+            "the state holds a random key, as it did in older versions, where its data"
+            " are expected: convert it by optax.tree.unwrap_random_key_data(state)"
+        )
+    is_typed = _is_typed_key(jnp.result_type(key))
+    impl = jax.random.key_impl(key) if is_typed else None
+    return jax.random.wrap_key_data(data, impl=impl)
+
+
+def _is_typed_key(dtype: Any) -> bool:
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def check_preference(preference: jax.typing.ArrayLike | None) -> jax.Array | None:

@@ -1,5 +1,7 @@
 """Methods inside Optax, Flax and orbax as users combine them."""
 
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,14 +9,15 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_mtl
-from tests.common import every_method, losses, params, stacked
+from tests.common import compiled, every_method, losses, params, stacked
 
 RNG = np.random.default_rng(0)
 INPUTS = jnp.asarray(RNG.normal(size=(16, 5)), jnp.float32)
@@ -186,6 +189,38 @@ def test_state_survives_a_checkpoint(name, tmp_path):
     actual = step(stacked(2, seed=1), restored)
     unwrap = optax.tree.unwrap_random_key_data
     chex.assert_trees_all_equal(unwrap(actual), unwrap(expected))
+
+
+@every_method
+def test_state_survives_every_serialiser(name):
+    method, step = compiled(name)
+    _, state = step(stacked(3), method.init(params()))
+    leaves, structure = jax.tree.flatten(state)
+    named = {str(i): np.asarray(x) for i, x in enumerate(leaves)}
+    loaded = safetensors.numpy.load(safetensors.numpy.save(named))
+    expected = step(stacked(3, seed=1), state)
+    for copy in (
+        serialization.from_bytes(state, serialization.to_bytes(state)),
+        pickle.loads(pickle.dumps(state)),
+        structure.unflatten([loaded[str(i)] for i in range(len(leaves))]),
+    ):
+        chex.assert_trees_all_equal(step(stacked(3, seed=1), copy), expected)
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "graddrop", "gradvac", "random_weights"])
+def test_state_with_a_key_of_an_older_version_is_refused_with_a_remedy(name, tmp_path):
+    method = optax_mtl.get(name, 2)
+    state = method.init(params())
+    old = state._replace(key=jax.random.wrap_key_data(state.key))
+    update = lambda state: method.update(stacked(2), state, params())
+    with pytest.raises(TypeError, match="unwrap_random_key_data"):
+        update(old)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "old", old)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "old", old)
+    converted = optax.tree.unwrap_random_key_data(restored)
+    chex.assert_trees_all_equal(update(converted), update(state))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)

@@ -14,7 +14,7 @@ DISTRIBUTIONS = ("normal", "uniform", "dirichlet", "bernoulli", "random_normal")
 class RandomWeightsState(NamedTuple):
     """State of :func:`random_weights`."""
 
-    key: jax.Array  # Fixed; each step folds in its number.
+    key: jax.Array  # Data of a key, fixed; each step folds in its number.
     steps: jax.Array  # Number of steps.
 
 
@@ -66,10 +66,10 @@ def random_weights(
     base.check_key(key)
 
     def init_fn():
-        return RandomWeightsState(base.make_key(key), jnp.zeros([], jnp.int32))
+        return RandomWeightsState(base.key_data(key), jnp.zeros([], jnp.int32))
 
     def step(state, count):
-        weights = draw(state.key, state.steps, count, distribution)
+        weights = draw(base.key_of(state.key, key), state.steps, count, distribution)
         return weights, state._replace(steps=optax.safe_increment(state.steps))
 
     return base.from_state(init_fn, step, reads=[])

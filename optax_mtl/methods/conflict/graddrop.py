@@ -13,7 +13,7 @@ from optax_mtl import base, tasks
 class GradDropState(NamedTuple):
     """State of :func:`graddrop`."""
 
-    key: jax.Array  # For the signs.
+    key: jax.Array  # Data of the key for the signs.
 
 
 def graddrop(
@@ -76,7 +76,7 @@ def graddrop(
 
     def init_fn(params):
         del params
-        return GradDropState(base.make_key(key))
+        return GradDropState(base.key_data(key))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -84,11 +84,13 @@ def graddrop(
         if num_tasks is None:
             return updates, state
         leaks = base.broadcast_preference(jnp.asarray(leak), num_tasks)
-        key, leaf_key = jax.random.split(state.key)
+        next_key, leaf_key = jax.random.split(base.key_of(state.key, key))
         keys = optax.tree.split_key_like(leaf_key, updates)
         drop = lambda x, key: _drop_signs(x, key, leaks, keep)
         new_updates = jax.tree.map(drop, updates, keys)
-        new_state = base.keep_if(base.all_finite(updates), GradDropState(key), state)
+        new_state = base.keep_if(
+            base.all_finite(updates), GradDropState(base.key_data(next_key)), state
+        )
         return new_updates, new_state
 
     return base.from_coordinates(init_fn, update_fn)

@@ -13,7 +13,7 @@ from optax_mtl.methods.conflict import pcgrad
 class GradVacState(NamedTuple):
     """State of :func:`gradvac`."""
 
-    key: jax.Array  # For the orders of projection.
+    key: jax.Array  # Data of the key for the orders of projection.
     targets: jax.Array  # Running cosines between the tasks, shape `(T, T)`.
 
 
@@ -78,13 +78,13 @@ def gradvac(
 
     def init_fn():
         targets = jnp.zeros((num_tasks, num_tasks))
-        return GradVacState(base.make_key(key), targets)
+        return GradVacState(base.key_data(key), targets)
 
     def step(state, gram):
-        key, order_key = jax.random.split(state.key)
+        next_key, order_key = jax.random.split(base.key_of(state.key, key))
         orders = pcgrad.random_orders(order_key, num_tasks)
         weights, targets = gradvac_weights(gram, state.targets, orders, beta)
-        return weights, GradVacState(key, targets)
+        return weights, GradVacState(base.key_data(next_key), targets)
 
     return base.from_state(init_fn, step, num_tasks, reads=["gram"])
 

@@ -12,7 +12,7 @@ from optax_mtl import base
 class PCGradState(NamedTuple):
     """State of :func:`pcgrad`."""
 
-    key: jax.Array  # For the orders of projection.
+    key: jax.Array  # Data of the key for the orders of projection.
 
 
 def pcgrad(
@@ -64,14 +64,14 @@ def pcgrad(
     base.check_choice("order", order, ("random", "fixed"))
 
     def step(state, gram):
-        key, order_key = jax.random.split(state.key)
+        next_key, order_key = jax.random.split(base.key_of(state.key, key))
         orders = jnp.tile(jnp.arange(len(gram)), (len(gram), 1))
         if order == "random":
             orders = random_orders(order_key, len(gram))
-        return pcgrad_weights(gram, orders), PCGradState(key)
+        return pcgrad_weights(gram, orders), PCGradState(base.key_data(next_key))
 
     return base.from_state(
-        lambda: PCGradState(base.make_key(key)), step, reads=["gram"]
+        lambda: PCGradState(base.key_data(key)), step, reads=["gram"]
     )
 
 
