@@ -145,7 +145,9 @@ def value_and_grad(
 
     def init(model):
         params = _params_of(model, nnx.state(model, wrt), wrt)
-        return resolver(losses_fn, _mask(params, shared)).init(nnx.as_pure(params))
+        return resolver(losses_fn, mask_of_state(params, shared)).init(
+            nnx.as_pure(params)
+        )
 
     def fn(model, state, *args, **kwargs):
         def resolved_grads(pure_fn, params, mask):
@@ -187,7 +189,9 @@ def _differentiate(grads_of, losses_fn, has_aux, wrt, shared, model, args, kwarg
         with nnx.split_context(_CONTEXT) as inside:
             return losses, inside.split(((model, args, kwargs), aux))
 
-    (losses, passed_through), grads = grads_of(pure_fn, params, _mask(params, shared))
+    (losses, passed_through), grads = grads_of(
+        pure_fn, params, mask_of_state(params, shared)
+    )
     with nnx.merge_context(_CONTEXT, inner=False) as outside:
         _, aux = outside.merge(*passed_through)
     return ((losses, aux) if has_aux else losses), grads
@@ -220,8 +224,8 @@ def _like(params: nnx.State, values: Any) -> nnx.State:
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(values))
 
 
-def _mask(params: nnx.State, shared: Any) -> Any:
-    """A filter or a tree as a tree of bools for the parameters; functions as they are.
+def mask_of_state(params: nnx.State, shared: Any) -> Any:
+    """A filter or a tree as bools for a state of parameters; functions as they are.
 
     A filter that is a function takes the path and the variable, a label the path.
     """

@@ -1,6 +1,8 @@
 """Measure and combine the gradients of several tasks."""
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -66,6 +68,32 @@ jax.tree_util.register_pytree_node(
 )
 
 
+class Reached(Exception):
+    """What :func:`first_reader` ends an update with."""
+
+
+class FirstReader:
+    """Who reads stacked gradients first, and what it received."""
+
+    updates: Any = ()
+
+
+_READER: contextvars.ContextVar[FirstReader | None] = contextvars.ContextVar(
+    "first_reader", default=None
+)
+
+
+@contextlib.contextmanager
+def first_reader() -> Iterator[FirstReader]:
+    """Ends an update by :class:`Reached` where gradients are first validated."""
+    reader = FirstReader()
+    token = _READER.set(reader)
+    try:
+        yield reader
+    finally:
+        _READER.reset(token)
+
+
 def check_stacked(
     updates: optax.Updates,
     params: optax.Params | None = None,
@@ -93,6 +121,9 @@ def check_stacked(
         with shapes other than ``(T, *p)``, for an empty tree, and if T is not
         ``num_tasks``.
     """
+    if first := _READER.get():
+        first.updates = updates
+        raise Reached
     if isinstance(updates, GramView) and not gram_suffices:
         updates.refuse(reader)
     is_view = isinstance(updates, GramView)
