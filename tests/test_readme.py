@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.training import train_state
 
 import optax_mtl
 from optax_mtl import nnx as mtl_nnx
@@ -75,8 +74,6 @@ def run(code, **names):
         "mtl_nnx": mtl_nnx,
         "optax": optax,
         "optax_mtl": optax_mtl,
-        "train_state": train_state,
-        "TrainState": train_state.TrainState,
         "losses_fn": losses_fn,
         "params": PARAMS,
         "batch": BATCH,
@@ -178,14 +175,6 @@ def heads_of_nnx(code):
     assert jnp.any(kernel(before) != kernel(nnx.state(model, nnx.Param)))
 
 
-def train_state_with_losses(code):
-    names = run(code)
-    tx = optax.chain(optax_mtl.gls(), optax.sgd(0.1))
-    state = names["TrainState"].create(apply_fn=None, params=PARAMS, tx=tx)
-    losses, grads = optax_mtl.value_and_task_grads(losses_fn)(PARAMS, BATCH)
-    assert_changed(state.apply_gradients(grads=grads, losses=losses).params, PARAMS)
-
-
 def freezing(code):
     tx = run(code, labels={"trunk": "freeze", "heads": "train"})["tx"]
     _, grads = optax_mtl.value_and_task_grads(losses_fn)(PARAMS, BATCH)
@@ -202,7 +191,6 @@ CHECKS = [
     whole_chain,
     missing_labels,
     heads_of_nnx,
-    train_state_with_losses,
     freezing,
 ]
 
