@@ -94,6 +94,7 @@ def value_and_grad(
     wrt: nnx.filterlib.Filter = nnx.Param,
     shared: Labels | nnx.filterlib.Filter | None = None,
     mode: str = "gram",
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Resolver:
     r"""Makes a function that returns the losses and the resolved gradient.
 
@@ -110,6 +111,10 @@ def value_and_grad(
         gradient of the sum.
       mode: ``"gram"``, ``"leafwise"`` or ``"stacked"``, as in
         :func:`optax_mtl.value_and_grad`.
+      optimizer: makes updates of all parameters out of the gradient, as there. One
+        state then holds what the method and what the optimizer keep, and there is no
+        ``nnx.Optimizer``: write ``optax_mtl.apply_updates(nnx.state(model, wrt),
+        updates)`` to the model by ``nnx.update``.
 
     Returns:
       A function of the model, the state and further arguments that returns
@@ -139,7 +144,9 @@ def value_and_grad(
     """
 
     def resolver(pure_fn, mask):
-        return resolved.value_and_grad(pure_fn, method, True, mode=mode, shared=mask)
+        return resolved.value_and_grad(
+            pure_fn, method, True, mode=mode, shared=mask, optimizer=optimizer
+        )
 
     resolver(losses_fn, None)  # Validates the mode.
 
