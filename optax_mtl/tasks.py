@@ -121,7 +121,8 @@ def check_stacked(
         with shapes other than ``(T, *p)``, for an empty tree, and if T is not
         ``num_tasks``.
     """
-    if first := _READER.get():
+    first = _READER.get()
+    if first is not None and params is not None:  # Not gram or combine by themselves.
         first.updates = updates
         raise Reached
     if isinstance(updates, GramView) and not gram_suffices:

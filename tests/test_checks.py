@@ -166,8 +166,20 @@ def test_every_method_passes_in_a_right_chain():
         check(optax.chain(method, optax.sgd(0.1)), jnp.zeros((2, 2), jnp.bfloat16), T)
 
 
+def written_elsewhere():
+    """Measures what differs from the mean: mixes the tasks, since it is a method."""
+
+    def update(updates, state, params=None, *, losses=None):
+        centred = jax.tree.map(lambda g: g - g.mean(axis=0, keepdims=True), updates)
+        weights = 1 / (1 + jnp.diagonal(optax_mtl.gram(centred)))
+        return optax_mtl.combine(weights, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 clip = optax.clip_by_global_norm(1.0)
 RIGHT = {
+    "written elsewhere": optax.chain(written_elsewhere(), ADAM),
     "clipped for each task": optax.chain(optax_mtl.per_task(clip, T), CHAIN),
     "clipped after": optax.chain(METHOD, clip, ADAM),
     "changed one by one": optax.chain(optax.clip(1.0), optax.zero_nans(), CHAIN),
