@@ -249,6 +249,40 @@ def test_auxiliary_data_may_hold_variables_and_a_model_may_be_seen_twice():
     assert grads["heads"]["kernel"].shape == (T, 6, T)
 
 
+class Scanned(nnx.Module):
+    """Layers in one, each with a random key of its own: split, and rightly so."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap
+        def make(rngs):
+            return nnx.Sequential(
+                nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.3, rngs=rngs)
+            )
+
+        self.layers = make(rngs)
+        self.heads = nnx.Linear(4, T, rngs=rngs)
+
+    def __call__(self, x):
+        call = lambda layer, x: layer(x)
+        scan = nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return self.heads(scan(self.layers, x))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_scanned_and_rematerialised_layers(graph):
+    """By the Gram matrix, in Flax's graph mode and in its tree mode."""
+    losses_fn = lambda model: jnp.mean((model(BATCH[0]) - BATCH[1]) ** 2, axis=0)
+    resolve = optax_mtl.nnx.value_and_grad(nnx.remat(losses_fn), optax_mtl.linear())
+    grads_fn = lambda model: resolve(model, resolve.init(model))[1]
+    sum_fn = lambda model: losses_fn(model).sum()
+    model, other = Scanned(nnx.Rngs(0)), Scanned(nnx.Rngs(0))
+    grads = nnx.jit(grads_fn, graph=graph)(model)
+    expected = nnx.jit(nnx.grad(sum_fn))(other)
+    assert_close(nnx.to_pure_dict(grads), nnx.to_pure_dict(expected))
+    assert_close(pure(model), pure(other))
+
+
 def misuse():
     model, rngs, _ = make()
     split = nnx.Rngs(noise=jax.random.split(jax.random.key(0), T))
