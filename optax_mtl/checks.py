@@ -187,34 +187,38 @@ def _check_front(step, updates, args, num_tasks):
 
 
 def _check_all_resolved(out, updates, params, groups):
-    """Raises where the task axis of a stacked leaf is still there."""
-    kept, total = [], 0
+    """Raises where the task axis is still there, or the shape is another."""
+    kept: list[str] = []
+    others: list[str] = []
+    total = 0
 
     def visit(path, param, update, out, group):
         nonlocal total
-        if update.ndim > param.ndim:
-            total += 1
-            if out is not None and jnp.shape(out) != param.shape:
-                name = jax.tree_util.keystr(path)
-                name = f"params{name}" + (f" (group {group!r})" if group else "")
-                kept.append((name, jnp.shape(out), param.shape))
+        total += update.ndim > param.ndim
+        if out is not None and jnp.shape(out) != param.shape:
+            name = f"params{jax.tree_util.keystr(path)}"
+            name += f" (group {group!r})" if group else ""
+            is_kept = update.ndim > param.ndim and jnp.shape(out) == update.shape
+            (kept if is_kept else others).append(
+                f"the update of {name} has shape {jnp.shape(out)}, the parameter"
+                f" {param.shape}"
+            )
 
     jax.tree_util.tree_map_with_path(visit, params, updates, out, groups)
-    if not kept:
-        return
-    name, shape, expected = kept[0]
-    found = f"the update of {name} has shape {shape}, the parameter {expected}"
-    if len(kept) == total:
+    if kept and len(kept) == total:
         raise ValueError(
-            f"there is no method in this chain: {found}; begin it with one, such as"
+            f"there is no method in this chain: {kept[0]}; begin it with one, such as"
             " optax_mtl.linear(), which consumes the task axis"
         )
-    raise ValueError(
-        f"the method does not see all gradients: {found}. If the tasks share this"
-        " parameter, let a method resolve it; if it is a head, leave its gradient"
-        " unstacked by shared=, here and in value_and_task_grads; if it is frozen, put"
-        " optax_mtl.sum_tasks() in front of optax.set_to_zero()"
-    )
+    if kept:
+        raise ValueError(
+            f"the method does not see all gradients: {kept[0]}. If the tasks share this"
+            " parameter, let a method resolve it; if it is a head, leave its gradient"
+            " unstacked by shared=, here and in value_and_task_grads; if it is frozen,"
+            " put optax_mtl.sum_tasks() in front of optax.set_to_zero()"
+        )
+    if others:
+        raise ValueError(f"{others[0]}, which would broadcast to it")
 
 
 def _check_types_kept(state: Any, new_state: Any) -> None:

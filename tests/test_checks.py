@@ -43,6 +43,10 @@ def forgetful():
     )
 
 
+def adding_an_axis():
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: g[None], updates))
+
+
 NO_METHOD = "there is no method in this chain: the update of params['heads'] has shape"
 UNRESOLVED = (
     "the method does not see all gradients: the update of params['heads'] has shape"
@@ -118,6 +122,12 @@ MISUSE = {
         optax.MultiSteps(CHAIN, 2),
         {},
         "optax_mtl.multi_steps takes the place of optax.MultiSteps",
+    ),
+    "an axis too many": (
+        optax.chain(METHOD, adding_an_axis(), optax.sgd(0.1)),
+        {},
+        "the update of params['heads'] has shape (1, 6, 3), the parameter (6, 3),"
+        " which would broadcast to it",
     ),
     "another dtype": (
         optax.chain(METHOD, growing(jnp.float32)),
