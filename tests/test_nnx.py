@@ -156,8 +156,9 @@ def test_shared_by(kind):
         nnx.PathContains("kernel"),
         nnx.All(nnx.Param, nnx.Not(nnx.PathContains("heads"))),
         (nnx.LoRAParam, nnx.PathContains("bias")),
+        lambda path, _: path[0] == "heads",
     ],
-    ids=["type", "path", "all", "any"],
+    ids=["type", "path", "all", "any", "function"],
 )
 def test_filters(wrt):
     """With the optimizer of the same filter, which holds the model or does not."""
@@ -247,6 +248,22 @@ def test_auxiliary_data_may_hold_variables_and_a_model_may_be_seen_twice():
     )
     assert bias is model.heads.bias
     assert grads["heads"]["kernel"].shape == (T, 6, T)
+
+
+def test_another_model_as_an_argument_has_no_gradient_but_keeps_its_state():
+    def distance(model, teacher, x):
+        return jnp.mean((model(x) - teacher(x)) ** 2, axis=0)
+
+    (model, *_), (teacher, *_) = make(), make()
+    before = pure(nnx.state(teacher, nnx.Param))
+    losses, grads = optax_mtl.nnx.value_and_task_grads(distance)(
+        model, teacher, BATCH[0]
+    )
+    assert set(grads) == {"trunk", "heads"} and losses.shape == (T,)
+    assert teacher.trunk[1].mean[...].any() and teacher.trunk[2].rngs.count[...] == 1
+    jax.tree.map(
+        np.testing.assert_array_equal, before, pure(nnx.state(teacher, nnx.Param))
+    )
 
 
 class Scanned(nnx.Module):
