@@ -255,7 +255,8 @@ def test_another_model_as_an_argument_has_no_gradient_but_keeps_its_state():
         return jnp.mean((model(x) - teacher(x)) ** 2, axis=0)
 
     (model, *_), (teacher, *_) = make(), make()
-    before = pure(nnx.state(teacher, nnx.Param))
+    params = lambda model: pure(nnx.state(model, nnx.Param))
+    before = params(teacher)
     losses, grads = optax_mtl.nnx.value_and_task_grads(distance)(
         model, teacher, BATCH[0]
     )
