@@ -91,9 +91,15 @@ which consumes the task axis
                 f" parameters: {differing}"
             )
         args = state, params, losses
-        with _explained(state, shared, forwards):
-            _check_front(step, updates, args, num_tasks)
-            out, new_state = jax.eval_shape(step, updates, *args)
+        trace = jax.make_jaxpr(step, return_shape=True)
+        with _explained(state, shared, forwards), tasks.marking_reads():
+            program, (out, new_state) = trace(updates, *args)
+    is_stacked = jax.tree.map(lambda g, p: g.ndim > p.ndim, updates, params)
+    kinds = [
+        _OF_TASKS if stacked else _OTHER for stacked in jax.tree.leaves(is_stacked)
+    ]
+    kinds += [_OTHER] * (len(program.jaxpr.invars) - len(kinds))
+    _check_front(program.jaxpr, kinds, num_tasks, set())
     groups = labels_of(params, "" if labels is None else labels, "labels")
     _check_all_resolved(out, updates, params, groups)
     tasks.check_resolved(out, params)
@@ -148,42 +154,56 @@ def _explained(state: Any, shared: Any, forwards: bool) -> Iterator[None]:
         raise
 
 
-def _check_front(step, updates, args, num_tasks):
+# What an array of the program is made of: no task gradients, each by itself, or all.
+_OTHER, _OF_TASKS, _MIXED = range(3)
+
+
+def _check_front(
+    jaxpr: Any, kinds: list[int], num_tasks: int, first: set[str]
+) -> list[int]:
     """Raises if what comes before the method mixes the gradients of the tasks.
 
-    It may change each by itself, so that an array made of them keeps the task axis.
+    Args:
+      jaxpr: the program of an update, or a part of it.
+      kinds: of its arguments.
+      num_tasks: T, by which an array that kept the task axis is known.
+      first: name of the first read, as soon as it is found; what follows may mix.
+
+    Returns:
+      The kinds of what it returns.
     """
-
-    def front(*args):
-        with tasks.first_reader() as reader:
-            try:
-                step(*args)
-            except tasks.Reached:
-                return reader.updates
-        return ()
-
-    try:
-        jaxpr = jax.make_jaxpr(front)(updates, *args).jaxpr
-    except jax.errors.UnexpectedTracerError:  # A reader inside a branch of its own.
-        return
-    stacked = jax.tree.leaves(
-        jax.tree.map(lambda u, p: u.ndim > p.ndim, updates, args[1])
-    )
-    of_tasks = {v for v, is_stacked in zip(jaxpr.invars, stacked) if is_stacked}
-    mixed: set[Any] = set()
+    found = dict(zip(jaxpr.invars, kinds))
+    kind_of = lambda v: _OTHER if isinstance(v, Literal) else found.get(v, _OTHER)
     for equation in jaxpr.eqns:
-        inputs = {v for v in equation.invars if not isinstance(v, Literal)}
-        if inputs & (of_tasks | mixed):
-            for v in equation.outvars:
-                keeps_axis = v.aval.shape[:1] == (num_tasks,)
-                (mixed if inputs & mixed or not keeps_axis else of_tasks).add(v)
-    if mixed.intersection(v for v in jaxpr.outvars if not isinstance(v, Literal)):
-        raise ValueError(
-            "the method does not come first: what precedes it mixes the gradients of"
-            " the tasks, as optax.clip_by_global_norm takes one norm over them all."
-            " Put it after the method, or wrap it as optax_mtl.per_task(tx,"
-            f" num_tasks={num_tasks})"
-        )
+        inputs = [kind_of(v) for v in equation.invars]
+        name = str(equation.params.get("name"))
+        if name.startswith(tasks.READ) and not first:
+            first.add(name)
+        if name in first and _MIXED in inputs:
+            raise ValueError(
+                "the method does not come first: what precedes it mixes the gradients"
+                " of the tasks, as optax.clip_by_global_norm takes one norm over them"
+                " all. Put it after the method, or wrap it as optax_mtl.per_task(tx,"
+                f" num_tasks={num_tasks})"
+            )
+        if equation.primitive.name == "cond":
+            branches = [
+                _check_front(branch.jaxpr, inputs[1:], num_tasks, first)
+                for branch in equation.params["branches"]
+            ]
+            outputs = [max(kinds) for kinds in zip(*branches)]
+        elif equation.primitive.name in ("jit", "pjit"):
+            inner = equation.params["jaxpr"].jaxpr
+            outputs = _check_front(inner, inputs, num_tasks, first)
+        else:
+            kind = max(inputs, default=_OTHER)
+            shapes = [getattr(v.aval, "shape", ()) for v in equation.outvars]
+            is_mixed = lambda shape, kind: (
+                kind == _OF_TASKS and shape[:1] != (num_tasks,)
+            )
+            outputs = [_MIXED if is_mixed(shape, kind) else kind for shape in shapes]
+        found.update(zip(equation.outvars, outputs))
+    return [kind_of(v) for v in jaxpr.outvars]
 
 
 def _check_all_resolved(out, updates, params, groups):
@@ -224,18 +244,20 @@ def _check_all_resolved(out, updates, params, groups):
 def _check_types_kept(state: Any, new_state: Any) -> None:
     """Raises where an update changes the structure or a type of the state."""
     type_of = lambda x: f"{x.dtype}{' (weakly typed)' if x.weak_type else ''}"
-    consequence = "so that a step is traced twice, and jax.lax.scan refuses it"
 
     def check(path, old, new):
         if type_of(old) != type_of(new):
+            refused = ", and jax.lax.scan refuses it" if old.dtype != new.dtype else ""
             raise ValueError(
                 f"state{jax.tree_util.keystr(path)} is {type_of(old)} at first and"
-                f" {type_of(new)} after an update, {consequence}"
+                f" {type_of(new)} after an update, so that a step is traced twice"
+                f"{refused}"
             )
 
     structure: Any = jax.tree.structure(state)
     if structure != jax.tree.structure(new_state):
         raise ValueError(
-            f"the update changes the structure of the state, {consequence}"
+            "the update changes the structure of the state, so that a step is traced"
+            " twice, and jax.lax.scan refuses it"
         )
     jax.tree_util.tree_map_with_path(check, state, new_state)

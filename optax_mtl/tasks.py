@@ -2,12 +2,14 @@
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # One megabyte of float32 fits the cache of a CPU core. Blocks pay off from eight.
@@ -68,30 +70,22 @@ jax.tree_util.register_pytree_node(
 )
 
 
-class Reached(Exception):
-    """What :func:`first_reader` ends an update with."""
-
-
-class FirstReader:
-    """Who reads stacked gradients first, and what it received."""
-
-    updates: Any = ()
-
-
-_READER: contextvars.ContextVar[FirstReader | None] = contextvars.ContextVar(
-    "first_reader", default=None
+# How the names begin that arrays get in the program where task gradients are read, if
+# somebody asks for it; one name for all gradients that are read together.
+READ = "task gradients are read, "
+_READS: contextvars.ContextVar[Iterator[int] | None] = contextvars.ContextVar(
+    "reads", default=None
 )
 
 
 @contextlib.contextmanager
-def first_reader() -> Iterator[FirstReader]:
-    """Ends an update by :class:`Reached` where gradients are first validated."""
-    reader = FirstReader()
-    token = _READER.set(reader)
+def marking_reads() -> Iterator[None]:
+    """Names the gradients by :data:`READ` and a number where they are read."""
+    token = _READS.set(itertools.count())
     try:
-        yield reader
+        yield
     finally:
-        _READER.reset(token)
+        _READS.reset(token)
 
 
 def check_stacked(
@@ -121,10 +115,6 @@ def check_stacked(
         with shapes other than ``(T, *p)``, for an empty tree, and if T is not
         ``num_tasks``.
     """
-    first = _READER.get()
-    if first is not None and params is not None:  # Not gram or combine by themselves.
-        first.updates = updates
-        raise Reached
     if isinstance(updates, GramView) and not gram_suffices:
         updates.refuse(reader)
     is_view = isinstance(updates, GramView)
@@ -134,6 +124,11 @@ def check_stacked(
             f"the method was made for num_tasks={num_tasks}, but the updates hold"
             f" the gradients of {found} tasks; make it with num_tasks={found}"
         )
+    # Not where gram and combine are called by a method that is written elsewhere.
+    reads = _READS.get()
+    if reads is not None and params is not None and not is_view:
+        name = f"{READ}{next(reads)}"
+        jax.tree.map(lambda x: checkpoint_name(x, name), updates)
     return found
 
 

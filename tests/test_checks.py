@@ -4,6 +4,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -28,11 +29,11 @@ def parted(shared, heads):
     return optax.chain(optax.partition(routes, LABELS), ADAM)
 
 
-def growing(dtype):
-    """Counts in another type than it began with."""
+def changing(first, then):
+    """A state of another type than it began with."""
     return optax.GradientTransformation(
-        lambda params: jnp.zeros([], jnp.int32),
-        lambda updates, state, params=None: (updates, (state + 1).astype(dtype)),
+        lambda params: jnp.asarray(first),
+        lambda u, state, params=None: (u, then(state)),
     )
 
 
@@ -95,6 +96,20 @@ MISUSE = {
         {},
         MIXED,
     ),
+    "clipped first, in a condition": (
+        optax_mtl.apply_if_finite(
+            optax.chain(optax.clip_by_global_norm(1.0), CHAIN), max_consecutive_errors=5
+        ),
+        {},
+        MIXED,
+    ),
+    "clipped first, accumulated": (
+        optax_mtl.multi_steps(
+            optax.chain(optax.clip_by_global_norm(1.0), CHAIN), 2, num_tasks=T
+        ),
+        {},
+        MIXED,
+    ),
     "two methods": (optax.chain(METHOD, CHAIN), {}, "and no second"),
     "heads not stacked": (CHAIN, {"shared": SHARED}, ROUTE),
     "heads not stacked, summed": (
@@ -130,10 +145,16 @@ MISUSE = {
         " which would broadcast to it",
     ),
     "another dtype": (
-        optax.chain(METHOD, growing(jnp.float32)),
+        optax.chain(METHOD, changing(np.int32(0), lambda state: state + 1.0)),
         {},
         "state[1] is int32 at first and float32 after an update, so that a step is"
         " traced twice, and jax.lax.scan refuses it",
+    ),
+    "a weak type": (
+        optax.chain(METHOD, changing(0.0, lambda state: state + np.float32(1))),
+        {},
+        "state[1] is float32 (weakly typed) at first and float32 after an update, so"
+        " that a step is traced twice",
     ),
     "another structure": (
         optax.chain(METHOD, forgetful()),
