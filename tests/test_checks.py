@@ -145,7 +145,7 @@ MISUSE = {
         " which would broadcast to it",
     ),
     "another dtype": (
-        optax.chain(METHOD, changing(np.int32(0), lambda state: state + 1.0)),
+        optax.chain(METHOD, changing(np.int32(0), lambda state: state + np.float32(1))),
         {},
         "state[1] is int32 at first and float32 after an update, so that a step is"
         " traced twice, and jax.lax.scan refuses it",
