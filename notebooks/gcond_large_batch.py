@@ -160,12 +160,13 @@ def losses_fn(params, images, hidden):
 
 
 # %%
-def train_with(grads_fn, method):
+def train_with(grads_fn, method, num_tasks):
     tx = optax.chain(
         method,
         optax.ema(0.9),
         optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), b1=0.0, b2=0.95),
     )
+    optax_mtl.check(tx, PARAMS, num_tasks)  # On shapes alone: says what cannot work.
 
     def step(carry, key):
         params, state = carry
@@ -186,12 +187,12 @@ def train_with(grads_fn, method):
 
 summed = lambda *args: {"sum": sum(losses_fn(*args).values())}
 sum_grads = optax_mtl.accumulate_task_grads(summed, MICRO_BATCHES)
-_, sum_params, _ = train_with(sum_grads, optax_mtl.linear())
+_, sum_params, _ = train_with(sum_grads, optax_mtl.linear(), 1)
 
 task_grads = optax_mtl.accumulate_task_grads(
     losses_fn, MICRO_BATCHES, one_task_each=True
 )
-early_params, gcond_params, history = train_with(task_grads, optax_mtl.gcond(2))
+early_params, gcond_params, history = train_with(task_grads, optax_mtl.gcond(2), 2)
 
 hidden = hide(jax.random.key(2), len(valid))
 for name, params in {"sum": sum_params, "gcond": gcond_params}.items():

@@ -225,6 +225,10 @@ def resolved(method):
     return optax.chain(optax.partition(routes, labels), optax.adamw(LEARNING_RATE))
 
 
+# On shapes alone: a chain that cannot work is an error here, and says why.
+optax_mtl.check(resolved(optax_mtl.upgrad()), params, num_tasks=3, shared=shared)
+
+
 def train_with(method):
     tx = resolved(method)
 

@@ -128,6 +128,8 @@ tx = optax.chain(
     optax.partition({"shared": optax_mtl.cagrad(), "heads": optax.identity()}, route),
     optax.adamw(2e-3),
 )
+shapes = jax.eval_shape(init_params, jax.random.key(0))
+optax_mtl.check(tx, shapes, num_tasks=3, shared=shared)  # Says what cannot work.
 task_grads = optax_mtl.value_and_task_grads(task_losses, shared=shared)
 
 

@@ -9,6 +9,7 @@ from optax_mtl.base import from_state as from_state
 from optax_mtl.catalog import METHODS as METHODS
 from optax_mtl.catalog import Entry as Entry
 from optax_mtl.catalog import get as get
+from optax_mtl.checks import check as check
 from optax_mtl.gradients.accumulated import (
     accumulate_task_grads as accumulate_task_grads,
 )

@@ -13,6 +13,7 @@ _CONDITIONAL = (
     optax.ApplyIfFiniteState,
     optax.ConditionallyMaskState,
     optax.ConditionallyTransformState,
+    optax.MultiStepsState,
 )
 
 
@@ -124,13 +125,7 @@ axis of every leaf
         try:
             out, new_state = tx.update(updates, state, params, **extra_args)
         except TypeError as error:
-            if isinstance(state, _CONDITIONAL):
-                error.add_note(
-                    "Around a chain that consumes the task axis, Optax's conditional"
-                    " wrappers fail, since without a step they return the gradients of"
-                    " the tasks: put them after the method, or take"
-                    " optax_mtl.apply_if_finite"
-                )
+            explain_conditional(error, state)
             raise
         if isinstance(out, tasks.GramView):
             out.refuse("this chain has no method that consumes the task axis: it")
@@ -139,6 +134,17 @@ axis of every leaf
         return out, new_state
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def explain_conditional(error: Exception, state: optax.OptState) -> None:
+    """Adds to an error why Optax's conditional wrappers fail around a chain."""
+    if isinstance(error, TypeError) and isinstance(state, _CONDITIONAL):
+        error.add_note(
+            "Around a chain that consumes the task axis, Optax's conditional wrappers"
+            " fail, since without a step they return the gradients of the tasks: put"
+            " them after the method, or take optax_mtl.apply_if_finite and"
+            " optax_mtl.multi_steps"
+        )
 
 
 def zero_outputs(step: Callable[[], Any], updates: optax.Updates) -> optax.Updates:

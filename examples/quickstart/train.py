@@ -23,19 +23,13 @@ from tqdm import tqdm
 import optax_mtl
 from examples.progress import bar, say
 from examples.quickstart import config, data, model, report
-
-
-def is_shared(params: Any) -> Any:
-    """Marks the parameters that all tasks share: the trunk, not the heads."""
-    in_trunk = lambda path, _: path[0].key == "trunk"
-    return jax.tree_util.tree_map_with_path(in_trunk, params)
+from optax_mtl import nnx as mtl_nnx
 
 
 def resolve_trunk(method: optax.GradientTransformation) -> optax.GradientTransformation:
     """The method for the trunk; the heads have ordinary gradients already."""
-    labels = lambda params: jax.tree.map(
-        lambda shared: "shared" if shared else "heads", is_shared(params)
-    )
+    label = lambda path, _: "shared" if path[0].key == "trunk" else "heads"
+    labels = lambda params: jax.tree_util.tree_map_with_path(label, params)
     return optax.partition({"shared": method, "heads": optax.identity()}, labels)
 
 
@@ -43,10 +37,9 @@ def resolved_step(
     network: model.Model, optimizer: nnx.Optimizer, batch: data.Batch
 ) -> tuple[jax.Array, jax.Array]:
     """One step; returns the losses and the Gram matrix of the trunk's gradients."""
-    graph, params = nnx.split(network)
-    losses_fn = lambda params: model.losses(nnx.merge(graph, params), batch)
-    task_grads = optax_mtl.value_and_task_grads(losses_fn, shared=is_shared)
-    losses, grads = task_grads(params)
+    trunk = nnx.PathContains("trunk")
+    task_grads = mtl_nnx.value_and_task_grads(model.losses, shared=trunk)
+    losses, grads = task_grads(network, batch)
     optimizer.update(network, grads, losses=losses)
     return losses, optax_mtl.gram(grads["trunk"])
 

@@ -15,7 +15,7 @@ from optax_mtl.gradients.backward import (
     separate_losses,
     take_aux,
 )
-from optax_mtl.gradients.resolver import Resolver, resolve
+from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
 from optax_mtl.gradients.sharing import split
 
 
@@ -26,6 +26,7 @@ def value_and_grad_at_features(
     has_aux: bool = False,
     *,
     sum_batch: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Resolver:
     r"""Makes a function that resolves conflicts at the features of a shared trunk.
 
@@ -50,6 +51,8 @@ def value_and_grad_at_features(
         leading axis of the features, the examples. The weights apply to each
         example as before; the method must read nothing but the Gram matrix and the
         losses.
+      optimizer: makes updates of all parameters out of the gradient, as in
+        :func:`value_and_grad`.
 
     Returns:
       A function of the parameters, the state and further arguments that returns
@@ -133,4 +136,6 @@ def value_and_grad_at_features(
             value = (value[0], (trunk_aux, value[1]))
         return value, grads, state
 
-    return Resolver(init, fn)
+    if optimizer is None:
+        return Resolver(init, fn)
+    return with_optimizer(Resolver(init, fn), optimizer, has_aux, init_call)

@@ -15,7 +15,7 @@ from optax_mtl.gradients.backward import (
     pull_back_some,
     vector_fn,
 )
-from optax_mtl.gradients.resolver import Resolver, resolve
+from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.gradients.stacked import value_and_task_grads
 from optax_mtl.labels import Labels, mask_of
@@ -28,6 +28,7 @@ def value_and_grad(
     *,
     mode: str = "gram",
     shared: Labels | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Resolver:
     r"""Makes a function that returns the losses and the resolved gradient.
 
@@ -45,9 +46,7 @@ def value_and_grad(
       losses_fn: as in :func:`value_and_task_grads`.
       method: any method whose weights depend on the Gram matrix and the losses, or a
         chain that begins with one: what follows the method receives the gradient
-        that it resolved, so that one state holds that of the method and that of the
-        optimizer. With ``shared``, it receives the shared part alone: apply an
-        optimizer of all parameters to the gradient that comes back instead.
+        that it resolved, with ``shared`` that of the shared part alone.
       has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
       mode: how to get there; the result is the same.
 
@@ -61,13 +60,17 @@ def value_and_grad(
         nothing can be pushed forward.
       shared: which parameters the method resolves, as in
         :func:`value_and_task_grads`; the others get the gradient of the sum.
+      optimizer: makes updates of all parameters, shared or not, out of that gradient.
 
     Returns:
       A function of the parameters, the state and further arguments that returns
-      ``(losses, grads, state)``, or ``((losses, aux), grads, state)``. Its ``init``
-      makes the first state from the parameters, in every mode. After a whole chain,
-      ``grads`` are the updates of the shared parameters and the gradients of the
-      others.
+      ``(losses, grads, state)``, or ``((losses, aux), grads, state)``. With an
+      ``optimizer``, there are updates in the place of ``grads``, and the state is a
+      pair, that of the method and that of the optimizer, as
+      ``optax.chain(method, optimizer)`` has it. Its ``init`` makes the first state
+      from the parameters; it is the same in every mode, so that one run may go on in
+      another mode. After a whole chain, ``grads`` are the updates of the shared
+      parameters and the gradients of the others.
 
     Raises:
       TypeError: at the call, for a method that reads the gradients themselves,
@@ -87,8 +90,7 @@ def value_and_grad(
       >>> print(jnp.array_str(grads, precision=3))
       [-1.207  1.207]
       >>> import optax
-      >>> chain = optax.chain(method, optax.sgd(0.1))
-      >>> fn = optax_mtl.value_and_grad(losses_fn, chain)
+      >>> fn = optax_mtl.value_and_grad(losses_fn, method, optimizer=optax.sgd(0.1))
       >>> losses, updates, state = fn(params, fn.init(params))
       >>> print(jnp.array_str(updates, precision=3))
       [ 0.121 -0.121]
@@ -193,4 +195,7 @@ def value_and_grad(
         grads, state = resolve(method, stacked, state, shared_part, vector, init_call)
         return value, merge(grads, heads), state
 
-    return Resolver(init, from_stacked if mode == "stacked" else from_gram)
+    resolver = Resolver(init, from_stacked if mode == "stacked" else from_gram)
+    if optimizer is None:
+        return resolver
+    return with_optimizer(resolver, optimizer, has_aux, init_call)

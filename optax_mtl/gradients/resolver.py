@@ -53,10 +53,55 @@ def resolve(
       ValueError: for a state of other shapes, before or after the update, and for
         results of other shapes.
     """
-    differing = tasks.differing_shapes(jax.eval_shape(method.init, like), state)
+    _check_state(method, state, like, "method", init_call)
+    return guards.checked(method).update(updates, state, like, losses=losses)
+
+
+def with_optimizer(
+    resolver: Resolver,
+    optimizer: optax.GradientTransformation,
+    has_aux: bool,
+    init_call: str,
+) -> Resolver:
+    """The same, followed by an optimizer of all parameters; one state holds both.
+
+    The state is that of ``optax.chain(method, optimizer)``, if nothing but shared
+    parameters is there.
+
+    Args:
+      resolver: of a method.
+      optimizer: receives the gradient of all parameters, and the losses.
+      has_aux: whether the resolver returns a pair, losses and auxiliary data.
+      init_call: how the right state is made, for the error.
+    """
+    optimizer = guards.checked(optimizer)
+
+    def init(params, *args, **kwargs):
+        return resolver.init(params, *args, **kwargs), optimizer.init(params)
+
+    def fn(params, state, *args, **kwargs):
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise ValueError(
+                "the state should be a pair, that of the method and that of the"
+                f" optimizer, but is {jax.tree.structure(state)}; make it by"
+                f" {init_call}"
+            )
+        method_state, optimizer_state = state
+        _check_state(optimizer, optimizer_state, params, "optimizer", init_call)
+        value, grads, method_state = resolver(params, method_state, *args, **kwargs)
+        losses = tasks.stack_losses(value[0] if has_aux else value, None)
+        updates, optimizer_state = optimizer.update(
+            grads, optimizer_state, params, losses=losses
+        )
+        return value, updates, (method_state, optimizer_state)
+
+    return Resolver(init, fn)
+
+
+def _check_state(tx, state, params, name, init_call):
+    differing = tasks.differing_shapes(jax.eval_shape(tx.init, params), state)
     if differing:
         raise ValueError(
-            f"the state is not the one of this method at these parameters: {differing};"
+            f"the state is not the one of this {name} at these parameters: {differing};"
             f" make it by {init_call}"
         )
-    return guards.checked(method).update(updates, state, like, losses=losses)

@@ -12,6 +12,7 @@ def split(tree: Any, shared: labels.Labels | None) -> tuple[Any, Any]:
 
     Raises:
       TypeError: for leaves that are not floating point.
+      ValueError: if none is shared.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         tasks.check_floating(
@@ -21,6 +22,16 @@ def split(tree: Any, shared: labels.Labels | None) -> tuple[Any, Any]:
             " Flax NNX, split the model by nnx.Param)",
         )
     mask = labels.mask_of(tree, shared, "shared")
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(mask)]
+    if paths and not any(jax.tree.leaves(mask)):
+        first, last = (
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path in (paths[0], paths[-1])
+        )
+        raise ValueError(
+            f"shared marks none of the parameters, from {first!r} to {last!r}, so that"
+            " there is nothing to resolve"
+        )
     pick = lambda keep: jax.tree.map(lambda x, m: x if m is keep else None, tree, mask)
     return pick(True), pick(False)
 
