@@ -299,16 +299,21 @@ def zeros_like(
     Args:
       params: parameters, leaves of shape ``p``.
       num_tasks: T, for leaves of shape ``(T, *p)``.
-      dtype: by default that of each parameter.
+      dtype: by default that of each parameter; complex for a complex one.
 
     Returns:
       Tree of arrays.
     """
 
     def zeros(p):
+        if not isinstance(p, jax.Array):  # A number, or the shape of an array.
+            p = jnp.zeros_like(p)
         # Zero whatever the parameter. Under jit, zeros that do not depend on it would
         # be whole on every device.
-        leaf = jnp.where(p == 0, jnp.abs(p), 0).astype(dtype or p.dtype)
+        kind = jnp.result_type(dtype or p.dtype)
+        if jnp.iscomplexobj(p):
+            kind = jnp.promote_types(kind, jnp.complex64)
+        leaf = jnp.where(p == 0, jnp.abs(p), 0).astype(kind)
         shape = leaf.shape if num_tasks is None else (num_tasks, *leaf.shape)
         return jnp.broadcast_to(leaf, shape)
 
@@ -408,10 +413,11 @@ def check_preference(preference: jax.typing.ArrayLike | None) -> jax.Array | Non
                 " for each task, in the order of the losses (a dict of losses: sorted"
                 " by name)"
             )
-        if values.ndim > 1 or not np.all(values >= 0) or not np.any(values):
+        valid = np.all((values >= 0) & (values < np.inf)) and np.any(values)
+        if values.ndim > 1 or not valid:
             raise ValueError(
-                f"preference {values} should hold one number of at least 0 for each"
-                " task, not all of them 0"
+                f"preference {values} should hold one finite number of at least 0 for"
+                " each task, not all of them 0"
             )
     return jnp.asarray(preference, dtype=jnp.result_type(float))
 
@@ -535,6 +541,18 @@ def check_function(name: str, value: Any) -> None:
     check_static(name, value)
     if not callable(value):
         raise TypeError(f"{name} is {value!r}; it should be a function")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Refuses a dtype that cannot hold gradients; ``None`` passes.
+
+    Raises:
+      TypeError: for it.
+    """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{name} is {dtype!r}; it should be floating point, such as jnp.float32"
+        )
 
 
 def check_static(name: str, value: Any) -> None:

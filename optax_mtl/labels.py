@@ -84,10 +84,18 @@ def _call(function: Callable[[Any], Any], tree: Any) -> Any:
         label = function(Path(text))
         label = str(label) if isinstance(label, Path) else label
         if not jax.tree_util.all_leaves([label]):
-            raise TypeError("a label is no tree")
+            raise TypeError(f"{label!r} for {text!r} is no label")
         return label
 
     try:
         return jax.tree_util.tree_map_with_path(by_path, tree)
-    except Exception:  # Whatever a function of the tree raises for a path.
+    except Exception as error:  # Whatever a function of the tree raises for a path.
+        by_path_error = error
+    try:
         return function(tree)
+    except Exception as error:
+        error.add_note(
+            "The function works neither with the tree of parameters nor with their"
+            f" paths, such as 'encoder/layer_1/kernel': {by_path_error!r}"
+        )
+        raise

@@ -272,13 +272,14 @@ def check_floating(where: str, leaf: Any, remedy: str) -> None:
         raise TypeError(f"{where} has dtype {jnp.result_type(leaf)}{remedy}")
 
 
-def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
+def stack_losses(losses: Any, num_tasks: int | None, name: str = "losses") -> jax.Array:
     """Returns the losses of the tasks as one vector of shape ``(num_tasks,)``.
 
     Args:
       losses: vector, or tree (such as a dict) of scalars in the order of its
         leaves, sorted by key.
       num_tasks: the length expected; ``None`` accepts any.
+      name: what they are called, for the error about their shape.
 
     Returns:
       The losses, in float32 or better.
@@ -306,7 +307,7 @@ def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
         )
     if vector.ndim != 1 or not len(vector) or num_tasks not in (None, len(vector)):
         raise ValueError(
-            f"losses have shape {vector.shape}, expected one scalar for each of the"
+            f"{name} have shape {vector.shape}, expected one scalar for each of the"
             f" {num_tasks} tasks, as a vector ({num_tasks},) or a dict of scalars"
         )
     return vector.astype(jnp.promote_types(vector.dtype, jnp.float32))

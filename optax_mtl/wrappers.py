@@ -52,7 +52,7 @@ def per_task(
 
     def init(params):
         # A weakly typed scalar parameter would make a state of another type.
-        params = jax.tree.map(lambda p: p.astype(p.dtype), params)
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.result_type(p)), params)
         # Broadcasting the parameters as well would cost T copies of them.
         return jax.vmap(lambda _: tx.init(params))(jnp.arange(num_tasks))
 

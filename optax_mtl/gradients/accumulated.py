@@ -54,7 +54,7 @@ def accumulate_task_grads(
         loss is an average over its labels, the result is exactly that of the whole
         batch in one piece.
       dtype: of the accumulators and of what is returned; by default that of each
-        parameter.
+        parameter. Those of complex parameters stay complex.
 
     Returns:
       A function of the parameters and further arguments that returns
@@ -106,6 +106,9 @@ def accumulate_task_grads(
     base.check_count("num_microbatches", num_microbatches)
     base.check_choice("has_aux", has_aux, (True, False))
     base.check_choice("one_task_each", one_task_each, (True, False))
+    base.check_dtype("dtype", dtype)
+    if num_labels is not None:
+        base.check_function("num_labels", num_labels)
 
     def fn(params, *args, **kwargs):
         batches = jax.tree.map(lambda x: _split_batch(x, num_microbatches), args)

@@ -56,10 +56,11 @@ def multi_steps(
         the updates of the others are accumulated as they are.
       one_task_each: whether each call hands over the ordinary gradient of the loss
         of one task, the one that :func:`next_task` names, and optionally that loss
-        and number of labels, instead of those of all tasks. The averages are then
-        over the calls of each task.
+        and number of labels (or those of all tasks, of which the others are left
+        out), instead of those of all tasks. The averages are then over the calls of
+        each task.
       accumulator_dtype: of the accumulators and of what the chain receives; by
-        default that of each parameter.
+        default that of each parameter. Those of complex parameters stay complex.
 
     Returns:
       A gradient transformation whose state is a :class:`MultiStepsState`. What
@@ -86,6 +87,7 @@ def multi_steps(
     base.check_count("every_k", every_k)
     base.check_count("num_tasks", num_tasks)
     base.check_choice("one_task_each", one_task_each, (True, False))
+    base.check_dtype("accumulator_dtype", accumulator_dtype)
     tx = optax.with_extra_args_support(tx)
     if one_task_each:
         averaging.calls_of_each_task(every_k, num_tasks, "every_k")
@@ -118,8 +120,11 @@ def multi_steps(
         if one_task_each:
             task = next_task(state)
             step = state.mini_step // num_tasks
-            pick = lambda x: x if jnp.ndim(x) == 0 else x[task]
-            losses, num_labels = jax.tree.map(pick, (losses, num_labels))
+            if _of_all_tasks(losses):
+                losses = tasks.stack_losses(losses, num_tasks)[task]
+            if _of_all_tasks(num_labels):
+                counts = tasks.stack_losses(num_labels, num_tasks, "num_labels")
+                num_labels = counts[task]
             present = lambda: tasks.has_gradient(
                 jax.tree.map(lambda x: x[None], shared_part)
             )[0]
@@ -130,7 +135,7 @@ def multi_steps(
             if losses is not None:
                 losses = tasks.stack_losses(losses, num_tasks)
             if num_labels is not None:
-                num_labels = tasks.stack_losses(num_labels, num_tasks)
+                num_labels = tasks.stack_losses(num_labels, num_tasks, "num_labels")
                 if jax.tree.leaves(heads):
                     raise ValueError(
                         "the gradient of a head is a sum over the tasks, which"
@@ -187,6 +192,13 @@ def multi_steps(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_all_tasks(values: Any) -> bool:
+    """Whether there is one for each task, rather than one or none."""
+    if values is None:
+        return False
+    return not jax.tree_util.all_leaves([values]) or jnp.ndim(values) > 0
 
 
 def has_updated(state: MultiStepsState) -> jax.Array:

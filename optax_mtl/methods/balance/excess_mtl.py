@@ -73,7 +73,8 @@ def excess_mtl(
 
     def init(params):
         wide = jax.tree.map(
-            lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params
+            lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)),
+            base.zeros_like(params),
         )
         return ExcessMTLState(
             squares=base.zeros_like(wide, num_tasks),

@@ -149,6 +149,7 @@ def gcond(
     base.check_choice("smooth", smooth, (True, False))
     base.check_choice("reference", reference, ("accumulated", "resolved"))
     base.check_static("thresholds", thresholds)
+    base.check_dtype("dtype", dtype)
     critical, main, weak = thresholds
     if not -1 <= critical <= main <= weak <= 1:
         raise ValueError(

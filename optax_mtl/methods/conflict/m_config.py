@@ -80,7 +80,8 @@ def m_config(
 
     def init(params):
         wide = jax.tree.map(
-            lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params
+            lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)),
+            base.zeros_like(params),
         )
         return MConFIGState(
             first=base.zeros_like(wide, num_tasks),

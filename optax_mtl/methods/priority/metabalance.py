@@ -95,8 +95,11 @@ def metabalance(
             known = (count > 0) & (count[primary] > 0)
             ratio = jnp.where(known, norm[primary] / jnp.where(known, norm, 1), 1)
             ratio = jnp.clip(ratio, *_STRATEGIES[strategy])
-            return tasks.combine((ratio - 1) * relax + 1, g)
+            weights = (ratio - 1) * relax + 1
+            # Of infinite norms ratios can be finite.
+            return tasks.combine(jnp.where(finite, weights, jnp.nan), g)
 
+        finite = base.all_finite(now)
         out = jax.tree.map(resolve, updates, counts, norms)
         new_state = MetaBalanceState(counts, norms)
         return out, base.keep_if(base.all_finite(out), new_state, state)
