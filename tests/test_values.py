@@ -600,7 +600,7 @@ def test_random_weights_are_weights_and_fair(distribution):
         (lambda: optax_mtl.upgrad(reg_eps=-1e-4), "at least 0"),
         (lambda: optax_mtl.mgda(preference=[1.0, -1.0]), "at least 0"),
         (lambda: optax_mtl.upgrad(preference=[0.0, 0.0]), "not all of them 0"),
-        (lambda: optax_mtl.dualproj(preference=[[1.0]]), "one number"),
+        (lambda: optax_mtl.dualproj(preference=[[1.0]]), "one finite number"),
         (lambda: optax_mtl.nash_mtl(max_norm=0.0), "should be positive"),
         (lambda: optax_mtl.nash_mtl(preference=-1.0), "at least 0"),
         (lambda: optax_mtl.fairgrad(-1.0), "alpha is -1.0; it should be at least 0"),
