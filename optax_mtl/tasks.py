@@ -312,6 +312,14 @@ def stack_losses(losses: Any, num_tasks: int | None) -> jax.Array:
     return vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
 
 
+def unstack_losses(vector: jax.Array, like: Any) -> Any:
+    """The vector ``(T,)`` in the structure, and with the names, of other losses."""
+    leaves, structure = jax.tree.flatten(like)
+    if len(leaves) != len(vector) or any(jnp.ndim(leaf) for leaf in leaves):
+        return vector
+    return jax.tree.unflatten(structure, list(vector))
+
+
 def gram(updates: optax.Updates) -> jax.Array:
     r"""Gram matrix of the task gradients, in one pass over them.
 

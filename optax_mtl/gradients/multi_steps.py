@@ -111,6 +111,7 @@ def multi_steps(
     ):
         if isinstance(updates, tasks.GramView):
             updates.refuse("multi_steps, which accumulates them,")
+        handed = losses
         mask = mask_of(updates if params is None else params, shared, "shared")
         (shared_part, heads), (totals, head_totals) = (
             split(tree, mask) for tree in (updates, state.acc_grads)
@@ -118,8 +119,12 @@ def multi_steps(
         if one_task_each:
             task = next_task(state)
             step = state.mini_step // num_tasks
-            pick = lambda x: x if jnp.ndim(x) == 0 else x[task]
-            losses, num_labels = jax.tree.map(pick, (losses, num_labels))
+            pick = lambda x: tasks.stack_losses(x, num_tasks)[task]
+            is_single = lambda x: jax.tree_util.all_leaves([x]) and jnp.ndim(x) == 0
+            losses, num_labels = (
+                x if x is None or is_single(x) else pick(x)
+                for x in (losses, num_labels)
+            )
             present = lambda: tasks.has_gradient(
                 jax.tree.map(lambda x: x[None], shared_part)
             )[0]
@@ -166,9 +171,10 @@ def multi_steps(
             1.0 if num_labels is None else num_labels,
         )
         accumulated = merge(average.shared, average.heads)
-        extra_args["losses"] = None if losses is None else vector
+        if losses is not None:
+            losses = tasks.unstack_losses(vector, handed)
         step = lambda: tx.update(
-            accumulated, state.inner_opt_state, params, **extra_args
+            accumulated, state.inner_opt_state, params, losses=losses, **extra_args
         )
         wait = lambda: (guards.zero_outputs(step, accumulated), state.inner_opt_state)
         last = state.mini_step == every_k - 1
