@@ -91,7 +91,7 @@ def _resolved_later(
         count = tasks.check_stacked(updates, params, gram_suffices=True)
         if count is None:
             return updates, state
-        known = names_of(losses)
+        known = tasks.names_of(losses)
         if known is None:
             option, value = next(iter(named.items()))
             scalars = ", ".join(f"{name!r}: ..." for name in _names_in(value))
@@ -113,26 +113,6 @@ def _resolved_later(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def names_of(losses: Any) -> list[str] | None:
-    """The names of the tasks, in the order of the gradients; ``None`` without any.
-
-    Args:
-      losses: a dict of scalars, or a tree of dicts; for anything else there are none.
-
-    Examples:
-      >>> from optax_mtl import names
-      >>> names.names_of({"task2": 1.0, "task10": 2.0})
-      ['task10', 'task2']
-    """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(losses)]
-    is_name = lambda key: isinstance(
-        key, (jax.tree_util.DictKey, jax.tree_util.GetAttrKey)
-    )
-    if not paths or not all(path and all(map(is_name, path)) for path in paths):
-        return None
-    return [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
 
 
 def _names_in(value: Any) -> list[str]:
