@@ -334,11 +334,14 @@ def names_of(losses: Any) -> list[str] | None:
       >>> tasks.names_of({"task2": 1.0, "task10": 2.0})
       ['task10', 'task2']
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(losses)]
+    leaves = jax.tree_util.tree_leaves_with_path(losses)
+    paths = [path for path, leaf in leaves if np.ndim(leaf) == 0]
     is_name = lambda key: isinstance(
         key, (jax.tree_util.DictKey, jax.tree_util.GetAttrKey)
     )
-    if not paths or not all(path and all(map(is_name, path)) for path in paths):
+    if not paths or len(paths) < len(leaves):
+        return None
+    if not all(path and all(map(is_name, path)) for path in paths):
         return None
     return [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
 

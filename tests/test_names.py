@@ -1,5 +1,6 @@
 """Options by the names of the tasks, in every row, mode and wrapper."""
 
+import collections
 import inspect
 import re
 
@@ -92,8 +93,8 @@ def test_every_option_for_tasks_takes_names():
         factory = getattr(optax_mtl, name)
         for option in inspect.signature(factory).parameters:
             entry = re.search(
-                rf"^  +{option}: (?:.+\n)+?(?=      \w+: |\n)",
-                factory.__doc__ + "\n",
+                rf"^  {option}: (?:.+\n)+?(?=  \w+: |\n)",
+                inspect.cleandoc(factory.__doc__),
                 re.MULTILINE,
             )
             if entry and re.search(r"shape\s+``\(T,\)``", entry[0]):
@@ -280,3 +281,18 @@ def test_wrong_names_are_refused_with_the_remedy():
     with pytest.raises(TypeError, match="hand them on as a dict of scalars"):
         optax_mtl.check(optax_mtl.linear(WEIGHTS), jnp.zeros(3), 3)
     optax_mtl.check(optax_mtl.linear(WEIGHTS), jnp.zeros(3), 3, losses=losses)
+
+
+def test_names_follow_the_order_in_which_jax_lists_the_losses():
+    ordered = collections.OrderedDict(z=1.0, a=2.0)  # Kept by JAX as it is.
+    nested = {"b": {"y": 1.0, "x": 2.0}, "a": 3.0}
+    for losses in (ordered, nested, dict.fromkeys(LISTED, 0.0)):
+        names = optax_mtl.tasks.names_of(losses)
+        by_name = dict(zip(names, jax.tree.leaves(losses)))
+        method = optax_mtl.linear({name: value + 1 for name, value in by_name.items()})
+        updates = jnp.eye(len(names))
+        update, _ = method.update(updates, method.init(None), losses=losses)
+        np.testing.assert_array_equal(update, np.array(jax.tree.leaves(losses)) + 1)
+    assert optax_mtl.tasks.names_of(nested) == ["a", "b/x", "b/y"]
+    for losses in (None, np.ones(2), [1.0, 2.0], {"all": np.ones(2)}):
+        assert optax_mtl.tasks.names_of(losses) is None

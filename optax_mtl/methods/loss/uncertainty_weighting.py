@@ -48,8 +48,9 @@ def uncertainty_weighting(
         continuous targets; ``"classification"`` (1, 1/2), its form for categorical
         ones; ``"tutorial"`` (1, 1), which is :math:`L_i / \sigma_i^2 + \log
         \sigma_i^2`. One for all tasks, one for each, or a dict by name.
-      initial: log-variances at first, one number or shape ``(T,)``. Some
-        implementations begin at -0.5.
+      initial: log-variances at first, one number or shape ``(T,)``, in the order of
+        the losses: their names are not known at first. Some implementations begin at
+        -0.5.
       optimizer: for the log-variances; by default ``optax.adam(0.025)``.
       min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
         name, from which they are counted. Below its bound there is no optimum, and the
