@@ -7,6 +7,8 @@ returns updates with the shapes of the parameters, so it comes first in
 :func:`optax.chain`. Every method
 
 * accepts the extra argument ``losses``, whether or not it reads it;
+* takes names for numbers in the options that are about tasks, those of a dict of
+  losses (:mod:`optax_mtl.names`);
 * measures in float32 or better and returns the dtypes of the gradients;
 * treats a task whose gradient is exactly zero as absent: the other tasks get
   what they would get without it, and its own statistics stay as they are;
@@ -33,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import tasks
+from optax_mtl import names, tasks
 
 
 def from_gram(
@@ -61,10 +63,11 @@ def from_gram(
     )
 
 
+@names.by_name("min_losses")
 def from_losses(
     weights_fn: Callable[[jax.Array], jax.Array],
     *,
-    min_losses: jax.typing.ArrayLike | None = None,
+    min_losses: names.PerTask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method out of weights that depend on the losses alone.
 
@@ -92,13 +95,14 @@ def from_losses(
     )
 
 
+@names.by_name("min_losses")
 def from_state(
     init_fn: Callable[[], Any],
     step: Callable[..., tuple[jax.Array, Any]],
     num_tasks: int | None = None,
     *,
     reads: Sequence[str],
-    min_losses: jax.typing.ArrayLike | None = None,
+    min_losses: names.PerTask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method out of weights that depend on a small state as well.
 
@@ -110,9 +114,9 @@ def from_state(
       reads: what ``step`` reads: any of ``"gram"`` (shape ``(T, T)``) and
         ``"losses"`` (shape ``(T,)``); with neither, the number of tasks is
         passed as ``count``.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, for a
-        ``step`` that takes losses for magnitudes: it gets :func:`losses_above` them.
-        ``None`` hands the losses on as they are.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, for a ``step`` that takes losses for magnitudes: it gets
+        :func:`losses_above` them. ``None`` hands the losses on as they are.
 
     Returns:
       A gradient transformation that aggregates stacked updates. Where what it
@@ -196,13 +200,14 @@ class MeasuredLossesState(NamedTuple):
     total: jax.Array  # Sum of the losses in the window, `(T,)`.
 
 
+@names.by_name("reference", "min_losses")
 def with_reference(
     weights_fn: Callable[[jax.Array, jax.Array], jax.Array],
     num_tasks: int,
-    reference: jax.typing.ArrayLike | None,
+    reference: names.PerTask | None,
     warmup_steps: int,
     window: int,
-    min_losses: jax.typing.ArrayLike,
+    min_losses: names.PerTask,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method that compares the losses with given or with measured ones.
 
@@ -210,8 +215,9 @@ def with_reference(
       weights_fn: from the losses and the reference, each of shape ``(T,)``, to the
         weights, ``(T,)``.
       num_tasks: number of tasks, T.
-      reference: one number or shape ``(T,)``; ``None`` takes the average over a window
-        of steps, in and before which the sum of the log losses is minimised.
+      reference: one number, shape ``(T,)`` or a dict by name; ``None`` takes the
+        average over a window of steps, in and before which the sum of the log losses is
+        minimised.
       warmup_steps: steps before the window.
       window: number of steps in it.
       min_losses: lower bounds, from which both are counted.
@@ -249,9 +255,7 @@ def with_reference(
     return from_state(init_fn, step, num_tasks, reads=["losses"], min_losses=min_losses)
 
 
-def losses_above(
-    losses: jax.Array, min_losses: jax.typing.ArrayLike | None
-) -> jax.Array:
+def losses_above(losses: jax.Array, min_losses: names.PerTask | None) -> jax.Array:
     """The losses minus their lower bounds; NaN for a loss below its own.
 
     A loss of exactly 0, that of an absent task, stays 0. One that is exactly at its
@@ -396,7 +400,7 @@ def _is_typed_key(dtype: Any) -> bool:
     return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def check_preference(preference: jax.typing.ArrayLike | None) -> jax.Array | None:
+def check_preference(preference: names.PerTask | None) -> jax.Array | None:
     """Validates a preference over the tasks: at least 0, not all 0.
 
     Raises:
@@ -405,13 +409,13 @@ def check_preference(preference: jax.typing.ArrayLike | None) -> jax.Array | Non
     """
     if preference is None:
         return None
-    if not isinstance(preference, jax.core.Tracer):
+    if not _is_traced(preference):
         values = np.asarray(preference)
         if values.dtype.kind not in "biuf":
             raise TypeError(
                 f"preference {preference!r} should be one number, or an array of one"
-                " for each task, in the order of the losses (a dict of losses: sorted"
-                " by name)"
+                " for each task, in the order of the losses, or a dict of one for each"
+                " name of a task"
             )
         valid = np.all((values >= 0) & (values < np.inf)) and np.any(values)
         if values.ndim > 1 or not valid:
@@ -569,21 +573,24 @@ def check_static(name: str, value: Any) -> None:
         )
 
 
-def check_primary(primary: Any, num_tasks: int | None = None) -> None:
-    """Refuses a primary task that does not exist; a traced number passes.
+def check_primary(primary: Any, num_tasks: int | None = None) -> Any:
+    """The number of the primary task, if it exists; a traced one passes.
 
     Raises:
       TypeError: for something else than an integer.
       ValueError: for a task that does not exist.
     """
     if _is_traced(primary):
-        return
+        return primary
     number = np.asarray(primary)
     if number.dtype.kind not in "iu" or number.ndim:
-        raise TypeError(f"primary is {primary!r}; it should be the number of a task")
+        raise TypeError(
+            f"primary is {primary!r}; it should be the number or the name of a task"
+        )
     if number < 0 or (num_tasks is not None and number >= num_tasks):
         to = "0 on" if num_tasks is None else f"0 to {num_tasks - 1}"
         raise ValueError(f"primary={primary} should be the number of a task, from {to}")
+    return primary
 
 
 def _is_traced(value: Any) -> bool:

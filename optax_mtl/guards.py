@@ -202,9 +202,9 @@ def zero_nonfinite(
                 updates = updates.apart()
             keep = tasks.finite_tasks(updates)
             if losses is not None:
-                losses = tasks.stack_losses(losses, count)
-                keep &= jnp.isfinite(losses)
-                losses = jnp.where(keep, losses, 0)
+                vector = tasks.stack_losses(losses, count)
+                keep &= jnp.isfinite(vector)
+                losses = tasks.unstack_losses(jnp.where(keep, vector, 0), losses)
             updates = tasks.drop_tasks(keep, updates)
         return inner.update(updates, state, params, losses=losses, **extra_args)
 

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optax_mtl import report
 
 # One megabyte of float32 fits the cache of a CPU core. Blocks pay off from eight.
 _BLOCK_ELEMENTS, _MAX_IN_ONE_PIECE = 2**18, 2**21
@@ -313,6 +316,37 @@ def stack_losses(losses: Any, num_tasks: int | None, name: str = "losses") -> ja
     return vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
 
 
+def unstack_losses(vector: jax.Array, like: Any) -> Any:
+    """The vector ``(T,)`` in the structure, and with the names, of other losses."""
+    leaves, structure = jax.tree.flatten(like)
+    if len(leaves) != len(vector) or any(jnp.ndim(leaf) for leaf in leaves):
+        return vector
+    return jax.tree.unflatten(structure, list(vector))
+
+
+def names_of(losses: Any) -> list[str] | None:
+    """The names of the tasks, in the order of the gradients; ``None`` without any.
+
+    Args:
+      losses: a dict of scalars, or a tree of dicts; for anything else there are none.
+
+    Examples:
+      >>> from optax_mtl import tasks
+      >>> tasks.names_of({"task2": 1.0, "task10": 2.0})
+      ['task10', 'task2']
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(losses)
+    paths = [path for path, leaf in leaves if np.ndim(leaf) == 0]
+    is_name = lambda key: isinstance(
+        key, (jax.tree_util.DictKey, jax.tree_util.GetAttrKey)
+    )
+    if not paths or len(paths) < len(leaves):
+        return None
+    if not all(path and all(map(is_name, path)) for path in paths):
+        return None
+    return [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
+
+
 def gram(updates: optax.Updates) -> jax.Array:
     r"""Gram matrix of the task gradients, in one pass over them.
 
@@ -485,19 +519,43 @@ class Conflicts(NamedTuple):
     min_cosine: jax.Array  # Of the most opposed pair, scalar; 1 without a pair.
     conflicting: jax.Array  # Share of the pairs with a negative cosine, scalar.
     alignment: jax.Array  # Norm of the sum over the sum of the norms, scalar.
+    names: tuple[str, ...] = ()  # Of the tasks, if they have any; not in the tree.
+
+    def __repr__(self):
+        arrays = [x for x in self[:-1] if isinstance(x, (np.ndarray, jax.Array))]
+        traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+        if traced or len(arrays) < len(self) - 1 or self.norms.ndim != 1:
+            shapes = [f"{k}={np.shape(x)}" for k, x in zip(self._fields, self[:-1])]
+            return f"Conflicts of shapes {', '.join(shapes)}"
+        return report.describe(self)
 
 
-def conflicts(gram: jax.Array) -> Conflicts:
+jax.tree_util.register_pytree_with_keys(
+    Conflicts,
+    lambda it: (
+        [(jax.tree_util.GetAttrKey(k), x) for k, x in zip(it._fields, it[:-1])],
+        it.names,
+    ),
+    lambda names, leaves: Conflicts(*leaves)._replace(names=names),
+)
+
+
+def conflicts(gram: jax.Array, names: Any = None) -> Conflicts:
     r"""How much the gradients of the tasks conflict, from their Gram matrix.
 
     Args:
       gram: shape ``(T, T)``, as returned by :func:`gram`.
+      names: of the tasks, for the report to show: the dict of their losses, or a
+        sequence of names in the order of the gradients.
 
     Returns:
       Norms, cosines, the smallest cosine, the share of conflicting pairs, and
       the alignment :math:`\|\sum_i g_i\| / \sum_i \|g_i\|`, which is 1 for
       gradients of one direction and 0 for gradients that cancel. Absent tasks
-      are left out of every figure.
+      are left out of every figure. ``print`` shows a summary.
+
+    Raises:
+      ValueError: for a number of names other than T.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -506,12 +564,20 @@ def conflicts(gram: jax.Array) -> Conflicts:
       >>> report = optax_mtl.conflicts(optax_mtl.gram(updates))
       >>> print(f"{report.min_cosine:.3f} {report.alignment:.3f}")
       -0.841 0.333
+      >>> losses = {"main": jnp.array(2.0), "aux": jnp.array(3.0)}
+      >>> print(optax_mtl.conflicts(optax_mtl.gram(updates), names=losses))
+      100% of the pairs of 2 tasks conflict; alignment 0.33
+      most opposed: aux and main, cosine -0.84
+                norm    aux  main
+      aux       4.24   1.00 -0.84
+      main      6.16  -0.84  1.00
 
     References:
       Yu et al, `Gradient Surgery for Multi-Task Learning
       <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020, for conflicting pairs.
     """
     _check_gram(gram, "conflicts")
+    known = _names_for(names, len(gram))
     exists = present(gram)
     cosines = cosine_similarity(gram)
     pairs = jnp.outer(exists, exists) & ~jnp.eye(len(gram), dtype=bool)
@@ -527,7 +593,27 @@ def conflicts(gram: jax.Array) -> Conflicts:
             jnp.sqrt(jnp.maximum(gram.sum(), 0)) / jnp.where(total > 0, total, 1),
             1,
         ),
+        names=known,
     )
+
+
+def _names_for(names: Any, num_tasks: int) -> tuple[str, ...]:
+    """The names in a dict of losses or a sequence of text; none of anything else."""
+    if names is None:
+        return ()
+    known = names_of(names)
+    if known is None:
+        leaves = jax.tree.leaves(names)
+        # Losses without names, as a vector.
+        known = leaves if all(isinstance(x, str) for x in leaves) else []
+        if not known:
+            return ()
+    if len(known) != num_tasks:
+        raise ValueError(
+            f"there are {len(known)} names, {', '.join(known)}, but the Gram matrix is"
+            f" one of {num_tasks} tasks"
+        )
+    return tuple(known)
 
 
 def _check_gram(gram: Any, name: str) -> None:

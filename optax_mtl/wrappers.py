@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 from optax_mtl.labels import Labels, labels_of, mask_of
 
 
@@ -79,8 +79,9 @@ def per_task(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@names.by_name("min_losses")
 def log_losses(
-    *, min_losses: jax.typing.ArrayLike = 0.0
+    *, min_losses: names.PerTask = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns the gradients of the losses into those of their logarithms.
 
@@ -91,8 +92,9 @@ def log_losses(
     In front of a method, this makes it indifferent to the units of the losses.
 
     Args:
-      min_losses: :math:`b`, lower bounds of the losses, one number or shape ``(T,)``.
-        Below its bound a loss has no logarithm, and its gradient becomes NaN.
+      min_losses: :math:`b`, lower bounds of the losses, one number, shape ``(T,)`` or a
+        dict by name. Below its bound a loss has no logarithm, and its gradient becomes
+        NaN.
 
     Returns:
       A gradient transformation from stacked updates to stacked updates that reads

@@ -25,7 +25,7 @@ COUNT_FROM_0 = [-1, 2.5, "2", None]
 CHOICE = ["no such thing", 7, [1]]
 FLAG = ["yes", None, 2]
 KEY = [None, 0.5, "0", True, [1, 2]]
-PRIMARY = [-1, 0.5, None, "0", [0]]
+PRIMARY = [-1, 0.5, None, [0]]  # Text is the name of a task.
 PREFERENCE = [-1.0, 0.0, [[1.0]], "x"]
 optional = lambda values: [v for v in values if v is not None]
 

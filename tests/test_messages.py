@@ -98,9 +98,9 @@ MESSAGES = {
         lambda: update(optax_mtl.from_gram(lambda gram: jnp.ones(5))),
         r"one weight for each of the 3 tasks, shape \(3,\), got weights of shape \(5,",
     ),
-    "named weights": (
-        lambda: optax_mtl.linear({"a": 1}),
-        "preference {'a': 1} should be one number, or an array",
+    "names as weights": (
+        lambda: optax_mtl.linear(["a"]),
+        r"preference \['a'\] should be one number, or an array",
     ),
     "no order": (
         lambda: optax_mtl.priority_projection(7),

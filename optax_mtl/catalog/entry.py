@@ -2,10 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Collection
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import optax
+
+from optax_mtl import names
 
 Factory = Callable[..., optax.GradientTransformationExtraArgs]
 
@@ -56,9 +57,7 @@ def row(
 
 def hint(name: str, known: Collection[str]) -> str:
     """What the user may have meant."""
-    plain = lambda text: text.lower().replace("_", "").replace("-", "")
-    by_plain_name = {plain(text): text for text in known}
-    close = get_close_matches(plain(name), by_plain_name, n=1)
-    if close:
-        return f"did you mean {by_plain_name[close[0]]!r}?"
+    near = names.nearest(name, known)
+    if near:
+        return f"did you mean {near!r}?"
     return f"known are {', '.join(sorted(known)) or 'none'}"

@@ -217,7 +217,7 @@ def accumulate_task_grads(
             mean = vectors.sum(axis=0) / jnp.maximum((vectors != 0).sum(axis=0), 1)
         else:
             mean = jnp.sum(weights.reshape(vectors.shape) * vectors, axis=0)
-        losses = _like_losses(mean, like)
+        losses = tasks.unstack_losses(mean, like)
         updates = merge(average.shared, average.heads)
         return ((losses, aux) if has_aux else losses), updates
 
@@ -264,10 +264,3 @@ def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """The array as one that varies along these axes at least."""
     missing = tuple(axes - _manual_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def _like_losses(vector: jax.Array, like: Any) -> Any:
-    """The vector ``(T,)`` in the structure that ``losses_fn`` returns."""
-    if hasattr(like, "shape"):
-        return vector
-    return jax.tree.unflatten(jax.tree.structure(like), list(vector))

@@ -120,15 +120,15 @@ def value_and_grad_at_features(
         primals = (params, features)
         losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
         updates = pull_back_each(push_forward, primals, losses)[1]
-        vector = tasks.stack_losses(losses, None)
+        named, _ = take_aux(value, has_aux, "heads_fn")
         if sum_batch:
             totals = partial(jax.tree.map, lambda g: g.sum(axis=1), updates)
             updates = tasks.GramView(
-                len(vector),
+                len(tasks.stack_losses(losses, None)),
                 lambda: tasks.gram(totals()),
                 partial(tasks.combine, updates=updates),
             )
-        resolved, state = resolve(method, updates, state, features, vector, init_call)
+        resolved, state = resolve(method, updates, state, features, named, init_call)
         pull_back = jax.linear_transpose(push_forward, *primals)
         ones = jax.tree.map(jnp.ones_like, losses)
         grads = optax.tree.add(pull_back_trunk(resolved)[0], pull_back(ones)[0])

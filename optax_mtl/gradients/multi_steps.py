@@ -113,6 +113,7 @@ def multi_steps(
     ):
         if isinstance(updates, tasks.GramView):
             updates.refuse("multi_steps, which accumulates them,")
+        handed = losses
         mask = mask_of(updates if params is None else params, shared, "shared")
         (shared_part, heads), (totals, head_totals) = (
             split(tree, mask) for tree in (updates, state.acc_grads)
@@ -171,9 +172,10 @@ def multi_steps(
             1.0 if num_labels is None else num_labels,
         )
         accumulated = merge(average.shared, average.heads)
-        extra_args["losses"] = None if losses is None else vector
+        if losses is not None:
+            losses = tasks.unstack_losses(vector, handed)
         step = lambda: tx.update(
-            accumulated, state.inner_opt_state, params, **extra_args
+            accumulated, state.inner_opt_state, params, losses=losses, **extra_args
         )
         wait = lambda: (guards.zero_outputs(step, accumulated), state.inner_opt_state)
         last = state.mini_step == every_k - 1

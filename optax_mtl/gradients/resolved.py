@@ -13,6 +13,7 @@ from optax_mtl.gradients.backward import (
     pull_back_each,
     pull_back_one,
     pull_back_some,
+    take_aux,
     vector_fn,
 )
 from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
@@ -121,6 +122,7 @@ def value_and_grad(
         losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
         pull_back = jax.linear_transpose(push_forward, *primals)
         vector = tasks.stack_losses(losses, None)
+        named, _ = take_aux(value, has_aux)
 
         def compute_gram(pull_back_task=lambda _, cotangent: pull_back(cotangent)[0]):
             if mode == "leafwise":
@@ -180,19 +182,18 @@ def value_and_grad(
                 combine_some,
                 lambda: compute_gram(pull_back_apart),
             )
-        grads, state = resolve(method, view, state, primals[0], vector, init_call)
+        grads, state = resolve(method, view, state, primals[0], named, init_call)
         ones = jax.tree.map(jnp.ones_like, losses)
         return value, merge(grads, pull_back(ones)[1]), state
 
     def from_stacked(params, state, *args, **kwargs):
         task_grads = value_and_task_grads(losses_fn, has_aux, shared=shared)
         value, updates = task_grads(params, *args, **kwargs)
-        losses = value[0] if has_aux else value
-        vector = tasks.stack_losses(losses, None)
+        losses, _ = take_aux(value, has_aux)
         mask = mask_of(params, shared, "shared")
         stacked, heads = split(updates, mask)
         shared_part, _ = split(params, mask)
-        grads, state = resolve(method, stacked, state, shared_part, vector, init_call)
+        grads, state = resolve(method, stacked, state, shared_part, losses, init_call)
         return value, merge(grads, heads), state
 
     resolver = Resolver(init, from_stacked if mode == "stacked" else from_gram)

@@ -35,7 +35,7 @@ def resolve(
     updates: optax.Updates | tasks.GramView,
     state: optax.OptState,
     like: optax.Params,
-    losses: jax.Array,
+    losses: Any,
     init_call: str,
 ) -> tuple[optax.Updates, optax.OptState]:
     """One update of a chain that begins with a method, and its next state.
@@ -45,7 +45,7 @@ def resolve(
       updates: stacked gradients, or a view of them that combines them.
       state: of the chain.
       like: what the gradients are taken of; the result has its shapes.
-      losses: shape ``(T,)``.
+      losses: shape ``(T,)``, or a dict of scalars, by whose names options may go.
       init_call: how the right state is made, for the error.
 
     Raises:

@@ -4,17 +4,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 from optax_mtl.methods.balance.inverse_norm import inverse_norm, inverse_norm_weights
 from optax_mtl.wrappers import log_losses, per_task
 
 
+@names.by_name("min_losses")
 def db_mtl(
     num_tasks: int,
     *,
     beta: jax.typing.ArrayLike = 0.9,
     sigma: jax.typing.ArrayLike = 0.0,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Dual balancing (DB-MTL), of the scales of losses and of gradients.
 
@@ -33,8 +34,8 @@ def db_mtl(
         method reads only the Gram matrix and the losses. In [0, 1).
       sigma: how fast the decay vanishes with the number of steps k of the task. At
         least 0.
-      min_losses: :math:`b`, lower bounds of the losses, one number or shape ``(T,)``.
-        Below its bound a loss has no logarithm, and the update is NaN.
+      min_losses: :math:`b`, lower bounds of the losses, one number, shape ``(T,)`` or a
+        dict by name. Below its bound a loss has no logarithm, and the update is NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 
 
 class EnergyGateState(NamedTuple):
@@ -17,12 +17,13 @@ class EnergyGateState(NamedTuple):
     energies: optax.Updates  # Moving averages of the energies, likewise.
 
 
+@names.by_name("boost")
 def energy_gate(
     num_tasks: int,
     *,
     granularity: str = "element",
     temperature: jax.typing.ArrayLike = 1.0,
-    boost: jax.typing.ArrayLike = 1.0,
+    boost: names.PerTask = 1.0,
     magnitude: jax.typing.ArrayLike = 1.0,
     alignment: jax.typing.ArrayLike = 1.0,
     decay: jax.typing.ArrayLike = 0.9,
@@ -52,8 +53,8 @@ def energy_gate(
       granularity: whether a group is an ``"element"``, a ``"channel"`` (an index of
         the last axis) or a whole ``"tensor"``.
       temperature: :math:`\tau`. Positive.
-      boost: :math:`b`, factors for tasks to be favoured, a scalar or shape ``(T,)``.
-        Positive.
+      boost: :math:`b`, factors for tasks to be favoured, a scalar, shape ``(T,)`` or a
+        dict by name. Positive.
       magnitude: exponent :math:`q`. At least 0.
       alignment: exponent :math:`r`. Without an average yet, the alignment is 1/2. At
         least 0.

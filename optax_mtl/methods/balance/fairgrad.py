@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers
+from optax_mtl import base, names, solvers
 
 
+@names.by_name("preference")
 def fairgrad(
     alpha: jax.typing.ArrayLike = 2.0,
     *,
     max_norm: jax.typing.ArrayLike | None = 1.0,
-    preference: jax.typing.ArrayLike | None = None,
+    preference: names.PerTask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""FairGrad: an alpha-fair share of the progress for each task.
 
@@ -32,8 +33,8 @@ def fairgrad(
       alpha: exponent of fairness, from 0 to 10 or so. At least 0.
       max_norm: the update is scaled down to this norm at most; ``None`` for no limit.
         Without one, for ``alpha > 1``, larger gradients make smaller updates. Positive.
-      preference: weights of the tasks, shape ``(T,)``; by default 1 for each task.
-        A task with 0 takes no part.
+      preference: weights of the tasks, shape ``(T,)`` or a dict by name; by default 1
+        for each task. A task with 0 takes no part.
 
     Returns:
       A gradient transformation that aggregates stacked updates.

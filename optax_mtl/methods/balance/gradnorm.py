@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 
 _MIN_WEIGHT = 1e-3
 
@@ -19,13 +19,14 @@ class GradNormState(NamedTuple):
     optimizer: optax.OptState  # Of each weight.
 
 
+@names.by_name("initial_losses", "min_losses")
 def gradnorm(
     num_tasks: int,
     *,
     alpha: jax.typing.ArrayLike = 1.5,
-    initial_losses: jax.typing.ArrayLike | None = None,
+    initial_losses: names.PerTask | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient normalization (GradNorm): all tasks train at similar rates.
 
@@ -45,14 +46,14 @@ def gradnorm(
       num_tasks: number of tasks, T.
       alpha: strength of the pull on tasks that train slowly; 0 makes all norms equal.
         At least 0.
-      initial_losses: :math:`L_i(0)`, one number or shape ``(T,)``, for losses that
-        depend on the initial parameters; the paper names the logarithm of the number
-        of classes. By default the first loss seen of each task.
+      initial_losses: :math:`L_i(0)`, one number, shape ``(T,)`` or a dict by name, for
+        losses that depend on the initial parameters; the paper names the logarithm of
+        the number of classes. By default the first loss seen of each task.
       optimizer: of the weights, which it sees one by one; by default
         ``optax.adam(0.025, eps=1e-30)``, indifferent to the size of the gradients.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they and the initial ones are counted. Below its bound one makes the weights
-        NaN.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which they and the initial ones are counted. Below its bound one
+        makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the
@@ -88,19 +89,21 @@ def gradnorm(
     optimizer = optax.adam(0.025, eps=1e-30) if optimizer is None else optimizer
 
     def init_fn():
-        weights, known = jnp.ones(num_tasks), jnp.zeros(num_tasks)
-        if initial_losses is not None:
-            known += jnp.asarray(initial_losses) - jnp.asarray(min_losses)
+        weights = jnp.ones(num_tasks)
         return GradNormState(
             weights=weights,
-            initial_losses=known,
+            initial_losses=jnp.zeros(num_tasks),
             optimizer=jax.vmap(optimizer.init)(weights),
         )
 
     def step(state, gram, losses):
         exists = tasks.present(gram) & (losses != 0)
         first = exists & (state.initial_losses == 0)
-        initial = jnp.where(first, losses, state.initial_losses)
+        at_first = losses
+        if initial_losses is not None:
+            given = jnp.asarray(initial_losses) - jnp.asarray(min_losses)
+            at_first = jnp.where(given != 0, given, losses)
+        initial = jnp.where(first, at_first, state.initial_losses)
         # Among the tasks that are present, the weights sum to their number.
         stored = jnp.where(exists, state.weights, 0)
         weights = stored * (exists.sum() * base.reciprocal(stored.sum()))

@@ -1,19 +1,19 @@
 """Impartial multi-task learning, gradients and losses together."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 from optax_mtl.methods.balance.imtl_g import imtl_g_weights
 from optax_mtl.methods.loss.imtl_l import init_balance, learn_balance
 
 
+@names.by_name("min_losses")
 def imtl(
     num_tasks: int,
     *,
     optimizer: optax.GradientTransformation | None = None,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Impartial learning by gradients and losses (IMTL), the hybrid.
 
@@ -32,9 +32,9 @@ def imtl(
       num_tasks: number of tasks, T.
       optimizer: of the logarithms :math:`s` of the loss weights, which it sees one
         by one; by default ``optax.adam(0.025)``.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below its bound there is no optimum, and the weights are
-        NaN.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which they are counted. Below its bound there is no optimum, and the
+        weights are NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

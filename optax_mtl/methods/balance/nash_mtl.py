@@ -3,14 +3,15 @@
 import jax
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 from optax_mtl.methods.balance import fairgrad
 
 
+@names.by_name("preference")
 def nash_mtl(
     *,
     max_norm: jax.typing.ArrayLike | None = 1.0,
-    preference: jax.typing.ArrayLike | None = None,
+    preference: names.PerTask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Nash-MTL: the Nash bargaining solution between the tasks.
 
@@ -28,8 +29,8 @@ def nash_mtl(
     Args:
       max_norm: the update is scaled down to this norm at most; ``None`` for no limit.
         Positive.
-      preference: bargaining powers, shape ``(T,)``; by default 1 for each task. A
-        task with 0 takes no part.
+      preference: bargaining powers, shape ``(T,)`` or a dict by name; by default 1 for
+        each task. A task with 0 takes no part.
 
     Returns:
       A gradient transformation that aggregates stacked updates. To solve for the

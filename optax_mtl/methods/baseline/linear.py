@@ -1,14 +1,14 @@
 """Linear scalarization: fixed weights, by default the plain sum."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
+@names.by_name("weights")
 def linear(
-    weights: jax.typing.ArrayLike = 1.0,
+    weights: names.PerTask = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weighted sum of the task gradients with fixed weights.
 
@@ -20,7 +20,8 @@ def linear(
     yardstick that every other method has to beat.
 
     Args:
-      weights: one weight for all tasks or array of shape ``(T,)``, at least 0.
+      weights: one weight for all tasks or array of shape ``(T,)`` or a dict by name, at
+        least 0.
 
     Returns:
       A gradient transformation that aggregates stacked updates.

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import base, names, solvers, tasks
 
 SCALE_MODES = ("min", "median", "rmse")
 
 
+@names.by_name("preference")
 def aligned_mtl(
-    scale_mode: str = "min", *, preference: jax.typing.ArrayLike | None = None
+    scale_mode: str = "min", *, preference: names.PerTask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Aligned-MTL: task gradients with their principal components made equal.
 
@@ -26,7 +27,8 @@ def aligned_mtl(
       scale_mode: what :math:`\sigma` is among the non-zero singular values: their
         ``"min"`` or ``"median"`` (the lower of two), or the root of the mean of
         their squares, ``"rmse"``.
-      preference: weights of the tasks, shape ``(T,)``; by default 1 for each task.
+      preference: weights of the tasks, shape ``(T,)`` or a dict by name; by default 1
+        for each task.
 
     Returns:
       A gradient transformation that aggregates stacked updates.

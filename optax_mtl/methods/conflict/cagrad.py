@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import base, names, solvers, tasks
 
 
+@names.by_name("preference")
 def cagrad(
     c: jax.typing.ArrayLike = 0.4,
     *,
-    preference: jax.typing.ArrayLike | None = None,
+    preference: names.PerTask | None = None,
     rescale: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Conflict-averse gradient descent (CAGrad).
@@ -29,8 +30,8 @@ def cagrad(
 
     Args:
       c: radius of the ball, relative to the norm of the average gradient. At least 0.
-      preference: weights of the average :math:`g_0`, shape ``(T,)``; by default
-        ``1 / T`` for each task that is present.
+      preference: weights of the average :math:`g_0`, shape ``(T,)`` or a dict by name;
+        by default ``1 / T`` for each task that is present.
       rescale: whether to divide the update by :math:`1 + c^2`, as the authors'
         code does and the paper does not.
 

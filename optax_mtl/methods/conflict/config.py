@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import base, names, solvers, tasks
 
 LENGTHS = ("projection", "min", "max", "arithmetic", "geometric", "harmonic")
 
 
+@names.by_name("preference")
 def config(
     length: str | int = "projection",
     *,
-    preference: jax.typing.ArrayLike | None = None,
+    preference: names.PerTask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Conflict-free inverse gradients (ConFIG): equal cosines with all tasks.
 
@@ -32,7 +33,8 @@ def config(
         above, or the sum of the cosines :math:`\cos(g_i, d)` times the ``"min"``,
         ``"max"``, ``"arithmetic"``, ``"geometric"`` or ``"harmonic"`` mean of the
         norms of the gradients, or times the norm of the task of this number.
-      preference: ratios of the cosines, shape ``(T,)``; by default 1 for each task.
+      preference: ratios of the cosines, shape ``(T,)`` or a dict by name; by default 1
+        for each task.
 
     Returns:
       A gradient transformation that aggregates stacked updates.

@@ -3,12 +3,13 @@
 import jax
 import optax
 
-from optax_mtl import base, solvers
+from optax_mtl import base, names, solvers
 
 
+@names.by_name("preference")
 def dualproj(
     *,
-    preference: jax.typing.ArrayLike | None = None,
+    preference: names.PerTask | None = None,
     reg_eps: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Dual projection: the nearest to the average gradient that conflicts with none.
@@ -21,8 +22,8 @@ def dualproj(
     This is the projection of gradient episodic memory (GEM), applied to tasks.
 
     Args:
-      preference: weights of the tasks in the average, shape ``(T,)``; by default
-        ``1 / T`` for each task that is present.
+      preference: weights of the tasks in the average, shape ``(T,)`` or a dict by name;
+        by default ``1 / T`` for each task that is present.
       reg_eps: added to the diagonal of the normalised Gram matrix, 1e-4 in TorchJD; by
         default the projection is exact. At least 0.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 
 
 class GradDropState(NamedTuple):
@@ -16,9 +16,10 @@ class GradDropState(NamedTuple):
     key: jax.Array  # Data of the key for the signs.
 
 
+@names.by_name("leak")
 def graddrop(
     *,
-    leak: jax.typing.ArrayLike = 0.0,
+    leak: names.PerTask = 0.0,
     keep: Callable[[jax.Array], jax.Array] = lambda purity: purity,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -37,8 +38,8 @@ def graddrop(
     :math:`\sum_i g_i`.
 
     Args:
-      leak: :math:`\ell`, the share of a gradient that is always kept, between 0 and
-        1, one for all tasks or shape ``(T,)``.
+      leak: :math:`\ell`, the share of a gradient that is always kept, between 0 and 1,
+        one for all tasks, shape ``(T,)`` or a dict by name.
       keep: :math:`f`, from purities to probabilities.
       key: seed or typed random key.
 

@@ -4,17 +4,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import base, names, solvers, tasks
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
 
+@names.by_name("preference", "min_losses")
 def mgda(
     normalization: str = "none",
     *,
     apply_to: str = "normalized",
-    preference: jax.typing.ArrayLike | None = None,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    preference: names.PerTask | None = None,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiple-gradient descent algorithm (MGDA): the shortest convex combination.
 
@@ -33,11 +34,12 @@ def mgda(
         the gradient), ``"loss"`` (the loss) or ``"loss+"`` (their product).
       apply_to: what the weights multiply: the ``"normalized"`` gradients, for which
         no conflict is promised, or the ``"raw"`` ones, as in Sener and Koltun's code.
-      preference: factors of the normalised gradients, shape ``(T,)``. A task with a
-        larger one counts as having longer gradients, and gets less weight; one with
-        0 takes no part.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        a normalisation counts them. Below its bound one makes the weights NaN.
+      preference: factors of the normalised gradients, shape ``(T,)`` or a dict by name.
+        A task with a larger one counts as having longer gradients, and gets less
+        weight; one with 0 takes no part.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which a normalisation counts them. Below its bound one makes the
+        weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates. With a

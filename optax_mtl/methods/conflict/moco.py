@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import base, names, solvers, tasks
 from optax_mtl.methods.balance.db_mtl import scheduled_ema
 from optax_mtl.methods.conflict.modo import move_on_simplex, uniform
 from optax_mtl.wrappers import per_task
@@ -19,6 +19,7 @@ class MoCoState(NamedTuple):
     weights: jax.Array  # Shape `(T,)`, on the simplex.
 
 
+@names.by_name("min_losses")
 def moco(
     num_tasks: int,
     *,
@@ -29,7 +30,7 @@ def moco(
     gamma_sigma: jax.typing.ArrayLike = 0.5,
     normalize: str | None = None,
     lambda_map: str = "projection",
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multi-objective gradient correction (MoCo).
 
@@ -59,8 +60,9 @@ def moco(
         :math:`L_i g_i / \|g_i\|` and needs losses, as LibMTL does.
       lambda_map: ``"projection"`` onto the simplex, as in the paper, or
         ``"softmax"``, as LibMTL does, which keeps the weights near equal.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        ``normalize="loss"`` counts them. Below its bound one makes the update NaN.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which ``normalize="loss"`` counts them. Below its bound one makes the
+        update NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates.

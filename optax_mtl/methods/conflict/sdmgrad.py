@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import base, names, solvers, tasks
 from optax_mtl.methods.conflict.modo import (
     from_two_batches,
     move_on_simplex,
@@ -23,11 +23,12 @@ class SDMGradState(NamedTuple):
     weights: jax.Array  # Of the last pair of batches, shape `(T,)`, on the simplex.
 
 
+@names.by_name("preference")
 def sdmgrad(
     num_tasks: int,
     *,
     regularization: jax.typing.ArrayLike = 0.3,
-    preference: jax.typing.ArrayLike | None = None,
+    preference: names.PerTask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Direction-oriented multi-objective gradient descent (SDMGrad).
 
@@ -46,8 +47,8 @@ def sdmgrad(
     Args:
       num_tasks: number of tasks, T.
       regularization: :math:`\lambda`. At least 0.
-      preference: :math:`p`, shape ``(T,)``; by default ``1 / T`` for each task that
-        is present.
+      preference: :math:`p`, shape ``(T,)`` or a dict by name; by default ``1 / T`` for
+        each task that is present.
 
     Returns:
       A gradient transformation that aggregates stacked updates; with those of a

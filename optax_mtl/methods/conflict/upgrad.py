@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers
+from optax_mtl import base, names, solvers
 
 
+@names.by_name("preference")
 def upgrad(
     *,
-    preference: jax.typing.ArrayLike | None = None,
+    preference: names.PerTask | None = None,
     reg_eps: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""UPGrad: each task gradient, made to conflict with none, averaged.
@@ -23,8 +24,8 @@ def upgrad(
     zero where no direction improves all tasks.
 
     Args:
-      preference: weights of the tasks, shape ``(T,)``; by default ``1 / T`` for each
-        task that is present.
+      preference: weights of the tasks, shape ``(T,)`` or a dict by name; by default ``1
+        / T`` for each task that is present.
       reg_eps: added to the diagonal of the normalised Gram matrix, 1e-4 in the authors'
         code; by default the projections are exact. At least 0.
 

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
+@names.by_name("preference")
 def cosmos(
     weight: jax.typing.ArrayLike = 1.0,
     *,
-    preference: jax.typing.ArrayLike | None = None,
+    preference: names.PerTask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""COSMOS: losses weighed by a preference, and kept in its proportions.
 
@@ -26,8 +27,8 @@ def cosmos(
     Args:
       weight: :math:`\lambda` of the cosine, to be tuned to the size of the losses. At
         least 0.
-      preference: :math:`r`, shape ``(T,)``; by default ``1 / T`` for each task that
-        is present.
+      preference: :math:`r`, shape ``(T,)`` or a dict by name; by default ``1 / T`` for
+        each task that is present.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
 class DWAState(NamedTuple):
@@ -16,12 +16,13 @@ class DWAState(NamedTuple):
     history: jax.Array  # Losses of the last `2 * window` steps, `(2 * window, T)`.
 
 
+@names.by_name("min_losses")
 def dwa(
     num_tasks: int,
     *,
     temperature: jax.typing.ArrayLike = 2.0,
     window: int = 25,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Dynamic weight average (DWA): more weight for losses that fall slowly.
 
@@ -39,9 +40,9 @@ def dwa(
       temperature: :math:`\tau`; a large one makes the weights equal. Positive.
       window: number of steps in an average. The paper compares epochs: give the number
         of steps in one. At least 1.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Ratios of losses of either sign say nothing: below its
-        bound one makes the weights NaN.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which they are counted. Ratios of losses of either sign say nothing:
+        below its bound one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 
 
 class FAMOState(NamedTuple):
@@ -18,11 +18,12 @@ class FAMOState(NamedTuple):
     optimizer: optax.OptState  # Of each logit.
 
 
+@names.by_name("min_losses")
 def famo(
     num_tasks: int,
     *,
     gamma: jax.typing.ArrayLike = 1e-3,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
     optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Fast adaptive multitask optimization (FAMO): all losses fall at equal rates.
@@ -50,8 +51,8 @@ def famo(
     Args:
       num_tasks: number of tasks, T.
       gamma: decay of the logits. At least 0.
-      min_losses: :math:`b`, lower bounds of the losses, one number or shape
-        ``(T,)``. Below its bound a loss has no logarithm, and the weights are NaN.
+      min_losses: :math:`b`, lower bounds of the losses, one number, shape ``(T,)`` or a
+        dict by name. Below its bound a loss has no logarithm, and the weights are NaN.
       optimizer: of the logits, which it sees one by one; by default
         ``optax.adam(0.025)``.
 

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
-def gls(
-    *, min_losses: jax.typing.ArrayLike = 0.0
-) -> optax.GradientTransformationExtraArgs:
+@names.by_name("min_losses")
+def gls(*, min_losses: names.PerTask = 0.0) -> optax.GradientTransformationExtraArgs:
     r"""Geometric loss strategy (GLS): descent on the geometric mean of the losses.
 
     .. math::
@@ -20,8 +19,9 @@ def gls(
     The factor of a loss does not change the ratios of the weighted gradients.
 
     Args:
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below its bound one has no root: the weights are NaN.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which they are counted. Below its bound one has no root: the weights
+        are NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

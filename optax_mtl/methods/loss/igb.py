@@ -3,16 +3,17 @@
 import jax
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
+@names.by_name("reference", "min_losses")
 def igb(
     num_tasks: int,
     *,
-    reference: jax.typing.ArrayLike | None = None,
+    reference: names.PerTask | None = None,
     warmup_steps: int = 0,
     window: int = 25,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Improvable gap balancing (IGBv1): more weight for losses that can still fall.
 
@@ -26,13 +27,13 @@ def igb(
 
     Args:
       num_tasks: number of tasks, T.
-      reference: :math:`z`, one number or shape ``(T,)``, by default measured: the
-        weights :math:`w` are 1 for ``warmup_steps + window`` steps, and the average
-        loss over the last ``window`` of them is taken.
+      reference: :math:`z`, one number, shape ``(T,)`` or a dict by name, by default
+        measured: the weights :math:`w` are 1 for ``warmup_steps + window`` steps, and
+        the average loss over the last ``window`` of them is taken.
       warmup_steps: steps before the window. At least 0.
       window: steps to average over. The authors' code takes one epoch. At least 1.
-      min_losses: :math:`b`, the smallest possible losses, one number or shape
-        ``(T,)``. Below its own one makes the weights NaN.
+      min_losses: :math:`b`, the smallest possible losses, one number, shape ``(T,)`` or
+        a dict by name. Below its own one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

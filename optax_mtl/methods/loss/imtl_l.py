@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
 class IMTLLState(NamedTuple):
@@ -16,11 +16,12 @@ class IMTLLState(NamedTuple):
     optimizer: optax.OptState  # Of each of them.
 
 
+@names.by_name("min_losses")
 def imtl_l(
     num_tasks: int,
     *,
     optimizer: optax.GradientTransformation | None = None,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Impartial learning by the losses (IMTL-L): weighted losses of equal size.
 
@@ -36,9 +37,9 @@ def imtl_l(
       num_tasks: number of tasks, T.
       optimizer: of the logarithms of the weights, which it sees one by one; by
         default ``optax.adam(0.025)``.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below its bound there is no optimum, and the weights are
-        NaN.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which they are counted. Below its bound there is no optimum, and the
+        weights are NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

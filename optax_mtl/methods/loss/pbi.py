@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
+@names.by_name("preference", "reference")
 def pbi(
     theta: jax.typing.ArrayLike = 5.0,
     *,
-    preference: jax.typing.ArrayLike | None = None,
-    reference: jax.typing.ArrayLike = 0.0,
+    preference: names.PerTask | None = None,
+    reference: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Penalty-based boundary intersection (PBI): losses along a given ray.
 
@@ -27,8 +28,9 @@ def pbi(
 
     Args:
       theta: penalty :math:`\theta` of the distance from the ray. At least 0.
-      preference: :math:`r`, shape ``(T,)``; by default the same for each task.
-      reference: :math:`z`, one number or shape ``(T,)``.
+      preference: :math:`r`, shape ``(T,)`` or a dict by name; by default the same for
+        each task.
+      reference: :math:`z`, one number, shape ``(T,)`` or a dict by name.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -1,13 +1,13 @@
 """The sum of the logarithms of the losses."""
 
-import jax
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
+@names.by_name("min_losses")
 def scale_invariant(
-    *, min_losses: jax.typing.ArrayLike = 0.0
+    *, min_losses: names.PerTask = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale-invariant baseline (SI): minimises the sum of the log losses.
 
@@ -18,8 +18,8 @@ def scale_invariant(
     The unit of a loss makes no difference.
 
     Args:
-      min_losses: :math:`b`, lower bounds of the losses, one number or shape ``(T,)``.
-        Below its bound a loss has no logarithm, and the weights are NaN.
+      min_losses: :math:`b`, lower bounds of the losses, one number, shape ``(T,)`` or a
+        dict by name. Below its bound a loss has no logarithm, and the weights are NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -4,19 +4,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
+@names.by_name("reference", "preference", "min_losses")
 def stch(
     num_tasks: int,
     mu: jax.typing.ArrayLike = 1.0,
     *,
     objective: str = "log",
-    reference: jax.typing.ArrayLike | None = None,
-    preference: jax.typing.ArrayLike | None = None,
+    reference: names.PerTask | None = None,
+    preference: names.PerTask | None = None,
     warmup_steps: int = 100,
     window: int = 25,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Smooth Tchebycheff scalarization (STCH): a smooth maximum of the losses.
 
@@ -34,19 +35,19 @@ def stch(
       num_tasks: number of tasks, T.
       mu: smoothness; as it vanishes, only the worst task counts. Positive.
       objective: ``"log"`` or ``"linear"``.
-      reference: :math:`z`, one number or shape ``(T,)``. For ``"log"`` the nadir,
-        losses that should be attained alike, by default measured: the method
-        minimises :math:`\sum_i \log L_i` for ``warmup_steps + window`` steps and
-        takes the average loss over the last ``window`` of them. For ``"linear"``
-        the ideal point, by default 0.
-      preference: :math:`p`, shape ``(T,)``, for ``"linear"`` alone; by default
-        ``1 / T`` for each task that is present.
+      reference: :math:`z`, one number, shape ``(T,)`` or a dict by name. For ``"log"``
+        the nadir, losses that should be attained alike, by default measured: the method
+        minimises :math:`\sum_i \log L_i` for ``warmup_steps + window`` steps and takes
+        the average loss over the last ``window`` of them. For ``"linear"`` the ideal
+        point, by default 0.
+      preference: :math:`p`, shape ``(T,)`` or a dict by name, for ``"linear"`` alone;
+        by default ``1 / T`` for each task that is present.
       warmup_steps: steps before the window. The authors' code takes four epochs. At
         least 0.
       window: steps to average over. The authors' code takes one epoch. At least 1.
-      min_losses: :math:`b`, lower bounds of the losses for ``"log"``, one number or
-        shape ``(T,)``. Below its bound a loss has no logarithm, and the weights are
-        NaN. ``"linear"`` needs none.
+      min_losses: :math:`b`, lower bounds of the losses for ``"log"``, one number, shape
+        ``(T,)`` or a dict by name. Below its bound a loss has no logarithm, and the
+        weights are NaN. ``"linear"`` needs none.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -1,6 +1,6 @@
 """Weighting of losses by uncertainty."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 # Factors a and b of the objective a exp(-s) L + b s.
 FORMS = {"regression": (0.5, 0.5), "classification": (1.0, 0.5), "tutorial": (1.0, 1.0)}
@@ -21,13 +21,14 @@ class UncertaintyWeightingState(NamedTuple):
     optimizer_state: Any  # Of the inner optimizer, one for each task.
 
 
+@names.by_name("form", "min_losses")
 def uncertainty_weighting(
     num_tasks: int,
     *,
-    form: str | Sequence[str] = "regression",
+    form: str | Sequence[str] | Mapping[str, str] = "regression",
     initial: jax.typing.ArrayLike = 0.0,
     optimizer: optax.GradientTransformation | None = None,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Uncertainty weighting: losses divided by a learned variance.
 
@@ -45,14 +46,15 @@ def uncertainty_weighting(
       num_tasks: number of tasks, T.
       form: :math:`(a, b)`: ``"regression"`` (1/2, 1/2), the form of the paper for
         continuous targets; ``"classification"`` (1, 1/2), its form for categorical
-        ones; ``"tutorial"`` (1, 1), which is :math:`L_i / \sigma_i^2 +
-        \log \sigma_i^2`. One for all tasks, or one for each.
-      initial: log-variances at first, one number or shape ``(T,)``. Some
-        implementations begin at -0.5.
+        ones; ``"tutorial"`` (1, 1), which is :math:`L_i / \sigma_i^2 + \log
+        \sigma_i^2`. One for all tasks, one for each, or a dict by name.
+      initial: log-variances at first, one number or shape ``(T,)``, in the order of
+        the losses: their names are not known at first. Some implementations begin at
+        -0.5.
       optimizer: for the log-variances; by default ``optax.adam(0.025)``.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below its bound there is no optimum, and the weights are
-        NaN.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which they are counted. Below its bound there is no optimum, and the
+        weights are NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -3,13 +3,14 @@
 import jax
 import optax
 
-from optax_mtl import base
+from optax_mtl import base, names
 
 
+@names.by_name("min_losses")
 def uw_so(
     temperature: jax.typing.ArrayLike = 1.0,
     *,
-    min_losses: jax.typing.ArrayLike = 0.0,
+    min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Soft optimal uncertainty weighting (UW-SO).
 
@@ -23,8 +24,8 @@ def uw_so(
     Args:
       temperature: :math:`\tau`, to be tuned; a large one makes the weights equal.
         Positive.
-      min_losses: lower bounds of the losses, one number or shape ``(T,)``, from which
-        they are counted. Below its bound one makes the weights NaN.
+      min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
+        name, from which they are counted. Below its bound one makes the weights NaN.
 
     Returns:
       A gradient transformation that aggregates stacked updates and reads the

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 
 
 class BloopState(NamedTuple):
@@ -16,11 +16,12 @@ class BloopState(NamedTuple):
     average: optax.Updates  # Moving average of the primary gradient.
 
 
+@names.by_name(of_tasks=["primary"])
 def bloop(
     weight: jax.typing.ArrayLike = 0.1,
     *,
     step_size: jax.typing.ArrayLike = 0.1,
-    primary: int = 0,
+    primary: names.Task = 0,
     subtract: str = "average",
     barrier: bool = False,
     rescale: bool = False,
@@ -42,7 +43,7 @@ def bloop(
     Args:
       weight: of the secondary gradient, :math:`\lambda`. At least 0.
       step_size: of the moving average, :math:`\rho`; 1 is no averaging. In (0, 1].
-      primary: number of the primary task, :math:`p`.
+      primary: number or name of the primary task, :math:`p`.
       subtract: whether to subtract multiples of the ``"average"``, as in the
         formula, or of the primary ``"gradient"`` itself, with the same ratio.
       barrier: whether to subtract at most :math:`E / \lambda`: a secondary gradient
@@ -91,12 +92,12 @@ def bloop(
         count = tasks.check_stacked(updates, params)
         if count is None:
             return updates, state
-        base.check_primary(primary, count)
+        number = base.check_primary(primary, count)
         precise = jax.tree.map(
             lambda g, e: jnp.asarray(g, e.dtype), updates, state.average
         )
         main = jax.tree.map(lambda g: g[primary], precise)
-        others = (jnp.arange(count) != primary).astype(float)
+        others = (jnp.arange(count) != number).astype(float)
         secondary = tasks.combine(others, precise)
 
         exists = optax.tree.norm(main, squared=True) > 0

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 
 
+@names.by_name(of_tasks=["primary"])
 def cosine_gating(
-    primary: int = 0, *, weighted: bool = True
+    primary: names.Task = 0, *, weighted: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     r"""Follows auxiliary tasks as far as they agree with the primary one.
 
@@ -17,7 +18,7 @@ def cosine_gating(
       d = g_p + \sum_{i \ne p} \max(0, \cos(g_i, g_p)) \, g_i
 
     Args:
-      primary: number of the primary task, :math:`p`.
+      primary: number or name of the primary task, :math:`p`.
       weighted: whether to weigh by the cosine, as in the formula. Otherwise
         gradients with a cosine of at least 0 count in full, and others not at all.
 
@@ -42,9 +43,9 @@ def cosine_gating(
       Du et al, `Adapting Auxiliary Losses Using Gradient Similarity
       <https://arxiv.org/abs/1812.02224>`_, 2018
     """
-    base.check_primary(primary)
+    main = base.check_primary(primary)
     base.check_choice("weighted", weighted, (True, False))
-    return base.from_gram(lambda gram: cosine_gating_weights(gram, primary, weighted))
+    return base.from_gram(lambda gram: cosine_gating_weights(gram, main, weighted))
 
 
 def cosine_gating_weights(

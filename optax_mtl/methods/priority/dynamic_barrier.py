@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 
 
+@names.by_name(of_tasks=["primary"])
 def dynamic_barrier(
-    beta: jax.typing.ArrayLike = 1.0, *, primary: int = 0
+    beta: jax.typing.ArrayLike = 1.0, *, primary: names.Task = 0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Dynamic barrier gradient descent: secondary losses among the primary optima.
 
@@ -26,7 +27,7 @@ def dynamic_barrier(
     Args:
       beta: progress of the primary loss, relative to that of its own gradient; above 0.
         At least 0.
-      primary: number of the primary task, :math:`p`.
+      primary: number or name of the primary task, :math:`p`.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -52,8 +53,8 @@ def dynamic_barrier(
       progress by the distance of the primary loss from a threshold.
     """
     base.check_range("beta", beta, "[0, inf)")
-    base.check_primary(primary)
-    return base.from_gram(lambda gram: dynamic_barrier_weights(gram, beta, primary))
+    main = base.check_primary(primary)
+    return base.from_gram(lambda gram: dynamic_barrier_weights(gram, beta, main))
 
 
 def dynamic_barrier_weights(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import base, names, tasks
 
 # What the ratio of the norms is clipped to.
 _STRATEGIES = {"both": (0, jnp.inf), "reduce": (0, 1), "enlarge": (1, jnp.inf)}
@@ -19,12 +19,13 @@ class MetaBalanceState(NamedTuple):
     norms: optax.Updates  # Moving averages of their norms, likewise.
 
 
+@names.by_name(of_tasks=["primary"])
 def metabalance(
     num_tasks: int,
     *,
     relax: jax.typing.ArrayLike = 0.7,
     decay: jax.typing.ArrayLike = 0.9,
-    primary: int = 0,
+    primary: names.Task = 0,
     strategy: str = "both",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brings the auxiliary gradients close to the primary one in magnitude.
@@ -40,7 +41,7 @@ def metabalance(
       num_tasks: number of tasks, T.
       relax: :math:`r`; 1 makes the norms equal, and 0 gives the plain sum. In [0, 1].
       decay: of the moving averages of the norms. In [0, 1).
-      primary: number of the primary task, :math:`p`.
+      primary: number or name of the primary task, :math:`p`.
       strategy: whether to ``"reduce"`` only gradients larger than the primary one,
         to ``"enlarge"`` only smaller ones, or ``"both"``, as the authors' code does.
 

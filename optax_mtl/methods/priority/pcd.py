@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import base, names, solvers, tasks
 
 
 class PCDState(NamedTuple):
@@ -16,11 +16,12 @@ class PCDState(NamedTuple):
     squared_norms: jax.Array  # Moving averages, unbiased, shape `(num_tasks,)`.
 
 
+@names.by_name("tau", of_tasks=["primary"])
 def pcd(
     num_tasks: int,
     *,
-    tau: jax.typing.ArrayLike = 0.02,
-    primary: int = 0,
+    tau: names.PerTask = 0.02,
+    primary: names.Task = 0,
     decay: jax.typing.ArrayLike = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Priority-constrained descent (PCD).
@@ -43,8 +44,8 @@ def pcd(
       num_tasks: number of tasks, T.
       tau: progress of a secondary task, as a fraction in [0, 1] of what its own
         normalised gradient would bring it; one for all tasks or one for each, shape
-        ``(T,)``, where that of the primary task is not used.
-      primary: number of the primary task, :math:`p`.
+        ``(T,)`` or a dict by name, where that of the primary task is not used.
+      primary: number or name of the primary task, :math:`p`.
       decay: of the moving average of the squared norms. In [0, 1).
 
     Returns:
@@ -73,7 +74,7 @@ def pcd(
     """
     base.check_count("num_tasks", num_tasks)
     base.check_range("tau", tau, "[0, 1]")
-    base.check_primary(primary, num_tasks)
+    main = base.check_primary(primary, num_tasks)
     base.check_range("decay", decay, "[0, 1)")
 
     def init_fn():
@@ -89,7 +90,7 @@ def pcd(
         rate = (1 - decay) / (1 - decay ** jnp.maximum(counts, 1))
         change = jnp.diagonal(gram) - state.squared_norms
         average = state.squared_norms + jnp.where(exists, rate * change, 0)
-        weights = pcd_weights(gram, average, tau, primary)
+        weights = pcd_weights(gram, average, jnp.asarray(tau), main)
         return weights, PCDState(counts, average)
 
     return base.from_state(init_fn, step, num_tasks, reads=["gram"])

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_mtl import base, solvers
+from optax_mtl import base, names, solvers
 
 
+@names.by_name(of_tasks=["order"])
 def priority_projection(
-    order: Sequence[int] | None = None, *, mode: str = "gated"
+    order: Sequence[names.Task] | None = None, *, mode: str = "gated"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projects each gradient against those of the more important tasks.
 
@@ -28,7 +29,8 @@ def priority_projection(
     For two tasks this is A-GEM, with the first as the memory.
 
     Args:
-      order: all tasks, the most important first; by default as they are numbered.
+      order: all tasks by number or by name, the most important first; by default as
+        they are numbered.
       mode: ``"gated"`` projects only where two gradients conflict, as in the
         formula. A projection may undo another one before it if there are three
         tasks or more. ``"cone"`` has :math:`P_i` project onto the cone

@@ -1,0 +1,150 @@
+"""Options by the names of the tasks, which come with the losses."""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import optax
+
+from optax_mtl import tasks
+
+# One number for all tasks, an array of one for each, or a dict of one for each name.
+PerTask = jax.typing.ArrayLike | Mapping[str, jax.typing.ArrayLike]
+Task = int | str  # The number of a task, or its name.
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def by_name(
+    *per_task: str, of_tasks: Collection[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes options of a factory take the names of the tasks for their numbers.
+
+    The names are known where the losses are: at each update, at trace time. There the
+    factory is called again, with numbers. Nothing that these options decide may be in
+    the initial state.
+
+    Args:
+      *per_task: options with one value for each task, which may be a dict from the
+        names to the values.
+      of_tasks: options that number a task, or all of them in an order, and which may
+        name them.
+
+    Returns:
+      A decorator of the factory of a gradient transformation.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> method = optax_mtl.linear(weights={"main": 1.0, "aux": 0.5})
+      >>> losses = {"main": jnp.array(3.0), "aux": jnp.array(4.0)}
+      >>> print(method.update(jnp.eye(2), method.init(None), losses=losses)[0])
+      [0.5 1. ]
+    """
+
+    def decorate(factory: Callable[P, R]) -> Callable[P, R]:
+        parameters = list(inspect.signature(factory).parameters)
+
+        @functools.wraps(factory)
+        def make(*args: P.args, **kwargs: P.kwargs) -> R:
+            given: dict[str, Any] = dict(zip(parameters, args)) | kwargs
+            named = {
+                option: value
+                for option, value in given.items()
+                if (option in per_task and isinstance(value, Mapping))
+                or (option in of_tasks and _holds_names(value))
+            }
+            if not named:
+                return factory(*args, **kwargs)
+            return _resolved_later(factory, given, named)
+
+        return make
+
+    return decorate
+
+
+def _holds_names(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, Sequence) and any(isinstance(x, str) for x in value)
+
+
+def _resolved_later(
+    factory: Callable[..., optax.GradientTransformationExtraArgs],
+    given: dict[str, Any],
+    named: dict[str, Any],
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a factory whose options are numbered at each update."""
+
+    # Numbered as they are listed: checks the values, and has the right initial state.
+    listed = {
+        option: _numbered(option, value, _names_in(value))
+        for option, value in named.items()
+    }
+    init = factory(**(given | listed)).init
+
+    def update(updates, state, params=None, *, losses=None, **extra_args):
+        count = tasks.check_stacked(updates, params, gram_suffices=True)
+        if count is None:
+            return updates, state
+        known = tasks.names_of(losses)
+        if known is None:
+            option, value = next(iter(named.items()))
+            scalars = ", ".join(f"{name!r}: ..." for name in _names_in(value))
+            raise TypeError(
+                f"{option} is {value!r}, but the losses have no names: hand them on as"
+                f" a dict of scalars, losses={{{scalars}}}, or return one from"
+                " losses_fn; or give the tasks by number"
+            )
+        if len(known) != count:
+            raise ValueError(
+                f"there are losses of {len(known)} tasks, {', '.join(known)}, but"
+                f" gradients of {count}"
+            )
+        numbered = {
+            option: _numbered(option, value, known) for option, value in named.items()
+        }
+        return factory(**(given | numbered)).update(
+            updates, state, params, losses=losses, **extra_args
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _names_in(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _numbered(option: str, value: Any, known: Sequence[str]) -> Any:
+    """A dict as the list of its values, a name as its number, names as a list."""
+    for name in _names_in(value):
+        if name not in known:
+            near = nearest(name, known) if isinstance(name, str) else None
+            raise ValueError(
+                f"{option} names the task {name!r}, but the tasks are"
+                f" {', '.join(map(repr, known))}"
+                + (f"; did you mean {near!r}?" if near else "")
+            )
+    if isinstance(value, str):
+        return known.index(value)
+    missing = [name for name in known if name not in value]
+    if missing:
+        raise ValueError(
+            f"{option} leaves out {', '.join(map(repr, missing))}; it should name each"
+            f" of the tasks {', '.join(map(repr, known))}"
+        )
+    if isinstance(value, Mapping):
+        return [value[name] for name in known]
+    return [known.index(name) for name in value]
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """What the user may have meant, if any is close."""
+    plain = lambda text: text.lower().replace("_", "").replace("-", "")
+    by_plain_name = {plain(text): text for text in known}
+    close = get_close_matches(plain(name), by_plain_name, n=1)
+    return by_plain_name[close[0]] if close else None

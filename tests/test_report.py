@@ -1,0 +1,86 @@
+"""Conflicts that one can read: names beside the figures, and a tree as before."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_mtl
+
+VECTORS = np.array([[3.0, 0], [0, 0], [-1, 1], [0, 2]], np.float32)
+GRAM = VECTORS @ VECTORS.T
+LOSSES = dict.fromkeys(["task10", "absent", "main", "task2"], 1.0)
+NAMES = ("absent", "main", "task10", "task2")  # Sorted, as the gradients are.
+
+
+def test_print_shows_names_norms_cosines_and_the_worst_pair():
+    order = [1, 0, 2, 3]  # So that the second gradient is that of main.
+    gram = jnp.asarray(GRAM[order][:, order])
+    report = optax_mtl.conflicts(gram, names=LOSSES)
+    text = str(report)
+    assert report.names == NAMES
+    # Pairs of main, task10, task2: cosines -1/sqrt(2), 0, 1/sqrt(2).
+    assert "33% of the pairs of 3 tasks conflict" in text
+    assert "most opposed: main and task10, cosine -0.71" in text
+    assert "without a gradient: absent" in text
+    row = next(line for line in text.splitlines() if line.startswith("task10 "))
+    assert row.split() == ["task10", "1.41", "0.00", "-0.71", "1.00", "0.71"]
+    assert "array" not in repr(report).lower()
+    numbered = str(optax_mtl.conflicts(gram))
+    assert "most opposed: 1 and 2, cosine -0.71" in numbered
+    vector = optax_mtl.conflicts(gram, names=jnp.ones(4))  # Losses without names.
+    assert vector.names == ()
+
+
+def test_many_tasks_are_no_wall():
+    vectors = (
+        np.random.default_rng(0).normal(size=(100, 5)) * np.arange(1, 101)[:, None]
+    )
+    names = [f"t{i}" for i in range(100)]
+    text = str(optax_mtl.conflicts(jnp.asarray(vectors @ vectors.T), names=names))
+    norms = np.linalg.norm(vectors, axis=1)
+    low, high = norms.argmin(), norms.argmax()
+    assert (
+        f"norms from {norms[low]:.3g} (t{low}) to {norms[high]:.3g} (t{high})" in text
+    )
+    assert len(text) < 200
+
+
+def test_nothing_to_report():
+    text = str(optax_mtl.conflicts(jnp.zeros((2, 2)), names=["a", "b"]))
+    assert "without a gradient: a, b" in text
+    assert "most opposed" not in text
+    text = str(optax_mtl.conflicts(jnp.full((2, 2), jnp.nan), names=["a", "b"]))
+    assert "nan" in text
+
+
+def test_the_report_is_a_tree_of_arrays_with_static_names():
+    grams = jnp.stack([GRAM, 4 * GRAM])
+    traced = []
+
+    @jax.jit
+    def look(grams):
+        one = optax_mtl.conflicts(grams[0], names=NAMES)
+        traced.append(str(one))
+        each = lambda gram: optax_mtl.conflicts(gram, names=NAMES)
+        _, scanned = jax.lax.scan(lambda _, gram: (None, each(gram)), None, grams)
+        return one, jax.vmap(each)(grams), scanned
+
+    one, batched, scanned = look(grams)
+    assert all(report.names == NAMES for report in (one, batched, scanned))
+    assert [x.shape for x in jax.tree.leaves(one)] == [(4,), (4, 4), (), (), ()]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(one)]
+    fields = [jax.tree_util.keystr(path, simple=True) for path in paths]
+    assert fields == ["norms", "cosines", "min_cosine", "conflicting", "alignment"]
+    np.testing.assert_allclose(batched.norms[1], 2 * one.norms, rtol=1e-6)
+    np.testing.assert_allclose(scanned.norms, batched.norms, rtol=1e-6)
+    # Without values, or with those of several steps, the shapes say what there is.
+    assert "norms=(4,)" in traced[0]
+    assert "norms=(2, 4)" in str(batched)
+    last = jax.tree.map(lambda x: x[-1], scanned)
+    assert "most opposed: absent and task10" in str(last)
+
+
+def test_as_many_names_as_tasks():
+    with pytest.raises(ValueError, match="there are 2 names, a, b, but the Gram matr"):
+        optax_mtl.conflicts(jnp.asarray(GRAM), names=["a", "b"])
