@@ -141,6 +141,26 @@ def routed_heads(code):
     assert_changed(optax_mtl.apply_updates(PARAMS, updates), PARAMS)
 
 
+def own_method(code):
+    """In every mode; for g, 2 g and -g the third conflicts with two, they with one."""
+    method = run(code)["method"]
+    gradient = np.ones((1, 5), np.float32)
+    update, _ = method.update(np.float32([[1], [2], [-1]]) * gradient, method.init(None))
+    np.testing.assert_allclose(update, (1 / 2 + 2 / 2 - 1 / 3) * gradient[0], rtol=1e-6)
+    resolve = lambda mode: optax_mtl.value_and_grad(losses_fn, method, mode=mode)
+    grads = {}
+    for mode in ("gram", "leafwise", "stacked"):
+        fn = resolve(mode)
+        grads[mode] = jax.jit(fn)(PARAMS, fn.init(PARAMS), BATCH)[1]
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    jax.tree.map(same, grads["gram"], grads["stacked"])
+    jax.tree.map(same, grads["leafwise"], grads["stacked"])
+
+
+def own_method_tried(code):
+    run(code, method=run(snippets()[CHECKS.index(own_method)])["method"])
+
+
 def whole_chain(code):
     names = run(code)
     params, _, losses = names["step"](PARAMS, names["state"], BATCH)
@@ -188,6 +208,8 @@ CHECKS = [
     two_lines_of_linen,
     conflicts,
     routed_heads,
+    own_method,
+    own_method_tried,
     whole_chain,
     missing_labels,
     heads_of_nnx,
