@@ -145,7 +145,8 @@ def own_method(code):
     """In every mode; for g, 2 g and -g the third conflicts with two, they with one."""
     method = run(code)["method"]
     gradient = np.ones((1, 5), np.float32)
-    update, _ = method.update(np.float32([[1], [2], [-1]]) * gradient, method.init(None))
+    gradients = np.float32([[1], [2], [-1]]) * gradient
+    update, _ = method.update(gradients, method.init(None))
     np.testing.assert_allclose(update, (1 / 2 + 2 / 2 - 1 / 3) * gradient[0], rtol=1e-6)
     resolve = lambda mode: optax_mtl.value_and_grad(losses_fn, method, mode=mode)
     grads = {}
