@@ -156,6 +156,13 @@ def test_an_absolute_epsilon_breaks_the_scale():
         np.testing.assert_allclose(update[0], weight * size, rtol=1e-4)
 
 
+def test_an_absolute_epsilon_breaks_the_freedom_of_units():
+    inverse = lambda epsilon: lambda gram: 1 / jnp.sqrt(jnp.diagonal(gram) + epsilon)
+    testing.check_promise("scale_free", of_gram(inverse(0)))
+    with pytest.raises(AssertionError, match=r"^scale_free: .*In units \[.*e-0"):
+        testing.check_promise("scale_free", of_gram(inverse(1e-8)))
+
+
 @pytest.mark.parametrize("promise", testing.PROMISES)
 def test_a_broken_promise_is_named(promise):
     """One method that breaks each; the numbers and the gradients come along."""
