@@ -43,6 +43,8 @@ def from_gram(
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method out of weights that depend on the Gram matrix alone.
 
+    ``optax_mtl.testing.check_contract`` tries whether it keeps the contract above.
+
     Args:
       weights_fn: maps the Gram matrix, shape ``(T, T)``, to weights, ``(T,)``.
 
@@ -52,7 +54,10 @@ def from_gram(
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
-      >>> unit_sum = optax_mtl.from_gram(lambda gram: jnp.diagonal(gram) ** -0.5)
+      >>> def inverse_norms(gram):
+      ...     norms = jnp.sqrt(jnp.diagonal(gram))
+      ...     return 1 / jnp.where(norms > 0, norms, jnp.inf)  # Some may be absent.
+      >>> unit_sum = optax_mtl.from_gram(inverse_norms)
       >>> updates = jnp.array([[3.0, 4], [0, 2]])
       >>> update, _ = unit_sum.update(updates, unit_sum.init(None))
       >>> print(jnp.array_str(update, precision=3))
@@ -82,7 +87,8 @@ def from_losses(
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
-      >>> inverse = optax_mtl.from_losses(lambda losses: 1 / losses)
+      >>> weights = lambda losses: 1 / jnp.where(losses > 0, losses, jnp.inf)
+      >>> inverse = optax_mtl.from_losses(weights)
       >>> updates, losses = jnp.array([[3.0, 4], [0, 2]]), jnp.array([2.0, 1])
       >>> print(inverse.update(updates, inverse.init(None), losses=losses)[0])
       [1.5 4. ]

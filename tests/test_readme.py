@@ -141,6 +141,27 @@ def routed_heads(code):
     assert_changed(optax_mtl.apply_updates(PARAMS, updates), PARAMS)
 
 
+def own_method(code):
+    """In every mode; for g, 2 g and -g the third conflicts with two, they with one."""
+    method = run(code)["method"]
+    gradient = np.ones((1, 5), np.float32)
+    gradients = np.float32([[1], [2], [-1]]) * gradient
+    update, _ = method.update(gradients, method.init(None))
+    np.testing.assert_allclose(update, (1 / 2 + 2 / 2 - 1 / 3) * gradient[0], rtol=1e-6)
+    resolve = lambda mode: optax_mtl.value_and_grad(losses_fn, method, mode=mode)
+    grads = {}
+    for mode in ("gram", "leafwise", "stacked"):
+        fn = resolve(mode)
+        grads[mode] = jax.jit(fn)(PARAMS, fn.init(PARAMS), BATCH)[1]
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    jax.tree.map(same, grads["gram"], grads["stacked"])
+    jax.tree.map(same, grads["leafwise"], grads["stacked"])
+
+
+def own_method_tried(code):
+    run(code, method=run(snippets()[CHECKS.index(own_method)])["method"])
+
+
 def whole_chain(code):
     names = run(code)
     params, _, losses = names["step"](PARAMS, names["state"], BATCH)
@@ -175,6 +196,111 @@ def heads_of_nnx(code):
     assert jnp.any(kernel(before) != kernel(nnx.state(model, nnx.Param)))
 
 
+def equinox_model(code):
+    """As the ordinary step of Equinox for the sum."""
+    import equinox as eqx
+
+    code = code.replace("optax_mtl.upgrad()", "optax_mtl.linear()")
+    code = code.replace("optax.adamw(1e-3)", "optax.sgd(0.1)")
+    model = eqx.nn.MLP(4, T, 6, 1, key=jax.random.key(0))  # With functions as leaves.
+    fn = lambda model, batch: jnp.mean((jax.vmap(model)(batch[0]) - batch[1]) ** 2, 0)
+    names = run(code, eqx=eqx, model=model, losses_fn=fn)
+    actual, _ = names["step"](model, names["tx"].init(names["arrays"]), BATCH)
+    grads = eqx.filter_grad(lambda model: fn(model, BATCH).sum())(model)
+    expected = eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, grads))
+    for x, y in zip(
+        *(jax.tree.leaves(eqx.filter(m, eqx.is_array)) for m in (actual, expected))
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def haiku_model(code):
+    """The sum of the task gradients, and the statistics, are those of the sum."""
+    import haiku as hk
+
+    def network(x):
+        return hk.Linear(T)(hk.BatchNorm(True, True, 0.9)(hk.Linear(6)(x), True))
+
+    model = hk.transform_with_state(network)
+    params, state = model.init(jax.random.key(0), BATCH[0])
+    names = run(code, model=model, params=params, state=state, rng=None)
+
+    def of_sum(params):
+        losses, new_state = names["losses_fn"](params, state, None, BATCH)
+        return losses.sum(), new_state
+
+    expected, expected_state = jax.grad(of_sum, has_aux=True)(params)
+    actual = jax.tree.map(lambda g: g.sum(axis=0), names["grads"])
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, actual, expected)
+    jax.tree.map(close, names["state"], expected_state)
+
+
+def transformer():
+    """Parameters, a batch of tokens from T sources, and the parts of the losses."""
+    size, layers, vocabulary = 16, 3, 24
+    draw = lambda *shape: np.float32(0.3 * RNG.normal(size=shape))
+    params = {
+        "embed": draw(vocabulary, size),
+        "layers": {
+            "attend": draw(layers, size, 3 * size),
+            "project": draw(layers, size, size),
+            "up": draw(layers, size, 32),
+            "down": draw(layers, 32, size),
+        },
+    }
+    tokens, sources = RNG.integers(vocabulary, size=(16, 9)), np.arange(16) % T
+    batch = {"tokens": tokens[:, :-1], "next": tokens[:, 1:], "source": sources}
+
+    def normalize(x):
+        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+    def block(weights, x):
+        q, k, v = jnp.split(normalize(x) @ weights["attend"], 3, axis=-1)
+        heads = lambda x: x.reshape(*x.shape[:2], 2, -1)
+        mixed = jax.nn.dot_product_attention(
+            heads(q), heads(k), heads(v), is_causal=True
+        )
+        x = x + mixed.reshape(x.shape) @ weights["project"]
+        return x + jax.nn.gelu(normalize(x) @ weights["up"]) @ weights["down"]
+
+    def task_losses(embed, x, batch):
+        loss = optax.softmax_cross_entropy_with_integer_labels(
+            normalize(x) @ embed.T, batch["next"]
+        )
+        ours = batch["source"][:, None] == jnp.arange(T)
+        return ours.T @ loss.mean(axis=1) / ours.sum(axis=0)
+
+    return params, batch, {"block": block, "task_losses": task_losses}
+
+
+def sharded_transformer(code):
+    """Eight devices, and each mode, do what one device does with stacked gradients."""
+    params, batch, parts = transformer()
+    code = code.replace("optax.adamw(1e-3)", "optax.sgd(0.1, momentum=0.9)")
+    one = code.replace("make_mesh((8,)", "make_mesh((1,)").replace(
+        '"gram"', '"stacked"'
+    )
+
+    def train(code):
+        names = run(code, params=params, batch=batch, **parts)
+        p, state = names["params"], names["state"]
+        shardings = jax.tree.map(lambda x: x.sharding, (p, state))
+        for _ in range(2):
+            p, state, losses = names["step"](p, state, names["batch"])
+        kept = lambda x, s: x.sharding.is_equivalent_to(s, x.ndim)
+        assert jax.tree.all(jax.tree.map(kept, (p, state), shardings))
+        return jax.device_get((p, losses))
+
+    expected, expected_losses = train(one)
+    assert_changed(expected, params)
+    for mode in ("gram", "leafwise", "stacked"):
+        actual, losses = train(code.replace('"gram"', f'"{mode}"'))
+        close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+        jax.tree.map(close, actual, expected)
+        close(losses, expected_losses)
+
+
 def freezing(code):
     tx = run(code, labels={"trunk": "freeze", "heads": "train"})["tx"]
     _, grads = optax_mtl.value_and_task_grads(losses_fn)(PARAMS, BATCH)
@@ -188,9 +314,14 @@ CHECKS = [
     two_lines_of_linen,
     conflicts,
     routed_heads,
+    own_method,
+    own_method_tried,
     whole_chain,
     missing_labels,
     heads_of_nnx,
+    equinox_model,
+    haiku_model,
+    sharded_transformer,
     freezing,
 ]
 
