@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, base, tasks
 
 
 class AgreementState(NamedTuple):
@@ -82,15 +82,15 @@ def scale_by_agreement(
       A heuristic of this library, after tutorials that lower the learning rate
       where gradients conflict; no published algorithm was found.
     """
-    base.check_choice("measure", measure, ("alignment", "cosine"))
-    base.check_choice("rule", rule, ("power", "steps"))
-    base.check_range("smoothing", smoothing, "[0, 1)")
-    base.check_range("floor", floor, "[0, 1]")
-    base.check_range("power", power, "[0, inf)")
-    base.check_range("threshold", threshold, "[0, inf)")
-    base.check_range("decay", decay, "(0, 1]")
-    base.check_range("growth", growth, "[1, inf)")
-    base.check_range("ceiling", ceiling, "(0, inf]")
+    arguments.check_choice("measure", measure, ("alignment", "cosine"))
+    arguments.check_choice("rule", rule, ("power", "steps"))
+    arguments.check_range("smoothing", smoothing, "[0, 1)")
+    arguments.check_range("floor", floor, "[0, 1]")
+    arguments.check_range("power", power, "[0, inf)")
+    arguments.check_range("threshold", threshold, "[0, inf)")
+    arguments.check_range("decay", decay, "(0, 1]")
+    arguments.check_range("growth", growth, "[1, inf)")
+    arguments.check_range("ceiling", ceiling, "(0, inf]")
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, base, tasks
 
 _CONDITIONAL = (
     optax.ApplyIfFiniteState,
@@ -46,7 +46,7 @@ def apply_if_finite(
       >>> print(update, state.total_notfinite)
       [0. 0.] 1
     """
-    base.check_count("max_consecutive_errors", max_consecutive_errors, least=0)
+    arguments.check_count("max_consecutive_errors", max_consecutive_errors, least=0)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):

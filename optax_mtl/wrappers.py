@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 from optax_mtl.labels import Labels, labels_of, mask_of
 
 
@@ -47,7 +47,7 @@ def per_task(
       be squared, the updates of a transformation that has a state are NaN, and the
       state stays.
     """
-    base.check_count("num_tasks", num_tasks)
+    arguments.check_count("num_tasks", num_tasks)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -110,7 +110,7 @@ def log_losses(
       >>> print(method.update(updates, state, losses=losses)[0])
       [5. 4.]
     """
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
         del extra_args
@@ -196,8 +196,8 @@ def smooth_weights(
       one minus the ratio of the learning rate to the initial one:
       :func:`optax.inject_hyperparams` takes such a schedule.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("decay", decay, "[0, 1]")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("decay", decay, "[0, 1]")
 
     def init(params):
         return SmoothWeightsState(
@@ -274,8 +274,8 @@ def update_every(
       A task that is absent when the weights are computed keeps its last weight, 0
       at first.
     """
-    base.check_count("k", k)
-    base.check_count("num_tasks", num_tasks)
+    arguments.check_count("k", k)
+    arguments.check_count("num_tasks", num_tasks)
 
     def init(params):
         return UpdateEveryState(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, base, tasks
 from optax_mtl.gradients import averaging
 from optax_mtl.gradients.backward import stack_task_losses, take_aux
 from optax_mtl.gradients.sharing import merge, split
@@ -103,12 +103,12 @@ def accumulate_task_grads(
       gradient is not zero, which is exact unless tasks that share it are absent at
       different times. Under `shard_map` each device counts what it has.
     """
-    base.check_count("num_microbatches", num_microbatches)
-    base.check_choice("has_aux", has_aux, (True, False))
-    base.check_choice("one_task_each", one_task_each, (True, False))
-    base.check_dtype("dtype", dtype)
+    arguments.check_count("num_microbatches", num_microbatches)
+    arguments.check_choice("has_aux", has_aux, (True, False))
+    arguments.check_choice("one_task_each", one_task_each, (True, False))
+    arguments.check_dtype("dtype", dtype)
     if num_labels is not None:
-        base.check_function("num_labels", num_labels)
+        arguments.check_function("num_labels", num_labels)
 
     def fn(params, *args, **kwargs):
         batches = jax.tree.map(lambda x: _split_batch(x, num_microbatches), args)

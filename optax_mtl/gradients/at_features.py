@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, tasks
 from optax_mtl.gradients.backward import (
     MAX_WRITTEN_OUT_HEADS,
     pull_back_each,
@@ -89,8 +89,8 @@ def value_and_grad_at_features(
       This is exact for the sum, and an upper bound in the paper's sense otherwise:
       conflicts at the features are not conflicts at the parameters.
     """
-    base.check_choice("has_aux", has_aux, (True, False))
-    base.check_choice("sum_batch", sum_batch, (True, False))
+    arguments.check_choice("has_aux", has_aux, (True, False))
+    arguments.check_choice("sum_batch", sum_batch, (True, False))
     method = optax.with_extra_args_support(method)
     init_call = (
         "the init of what value_and_grad_at_features returns:"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, guards, tasks
+from optax_mtl import arguments, base, guards, tasks
 from optax_mtl.gradients import averaging
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels, mask_of
@@ -84,10 +84,10 @@ def multi_steps(
       [0. 0.] False
       [-2. -4.] True
     """
-    base.check_count("every_k", every_k)
-    base.check_count("num_tasks", num_tasks)
-    base.check_choice("one_task_each", one_task_each, (True, False))
-    base.check_dtype("accumulator_dtype", accumulator_dtype)
+    arguments.check_count("every_k", every_k)
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_choice("one_task_each", one_task_each, (True, False))
+    arguments.check_dtype("accumulator_dtype", accumulator_dtype)
     tx = optax.with_extra_args_support(tx)
     if one_task_each:
         averaging.calls_of_each_task(every_k, num_tasks, "every_k")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, tasks
 from optax_mtl.gradients.backward import (
     basis_of,
     pull_back_each,
@@ -105,7 +105,7 @@ def value_and_grad(
       ``jax.checkpoint(losses_fn)``, ``"gram"`` takes little more memory than the
       plain sum, for up to one and a half times its time.
     """
-    base.check_choice("has_aux", has_aux, (True, False))
+    arguments.check_choice("has_aux", has_aux, (True, False))
     if mode not in ("gram", "leafwise", "stacked"):
         raise ValueError(
             f"mode should be 'gram', 'leafwise' or 'stacked', not {mode!r}"

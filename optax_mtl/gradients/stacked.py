@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import arguments
 from optax_mtl.gradients.backward import (
     basis_of,
     pull_back_each,
@@ -63,8 +63,8 @@ def value_and_task_grads(
       [[2. 2.]
        [1. 1.]]
     """
-    base.check_choice("has_aux", has_aux, (True, False))
-    base.check_choice("sequential", sequential, (True, False))
+    arguments.check_choice("has_aux", has_aux, (True, False))
+    arguments.check_choice("sequential", sequential, (True, False))
 
     def fn(params, *args, **kwargs):
         primals = split(params, shared)

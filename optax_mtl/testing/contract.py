@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, tasks
 from optax_mtl.testing.samples import compiled_fast, losses, params, stacked
 
 Make = Callable[[int], Any]
@@ -53,9 +53,9 @@ def check_law(law: str, make: Make, *, reads: Collection[str] = ("gram",)) -> No
     Raises:
       AssertionError: with the law, and the numbers.
     """
-    base.check_choice("law", law, LAWS)
+    arguments.check_choice("law", law, LAWS)
     for name in reads:
-        base.check_choice("reads", name, ("gram", "losses", "gradients"))
+        arguments.check_choice("reads", name, ("gram", "losses", "gradients"))
     says = " ".join((LAWS[law].__doc__ or "").split())
     try:
         with jax.enable_x64(False):

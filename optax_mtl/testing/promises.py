@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from optax_mtl import base
+from optax_mtl import arguments
 from optax_mtl.testing import contract
 from optax_mtl.testing.contract import Make
 from optax_mtl.testing.samples import (
@@ -49,7 +49,7 @@ def check_promise(promise: str, make: Make) -> None:
       ...     print(str(error).split(". ")[0])
       symmetric: the order of the tasks does not matter
     """
-    base.check_choice("promise", promise, PROMISES)
+    arguments.check_choice("promise", promise, PROMISES)
     says = " ".join((PROMISES[promise].__doc__ or "").split())
     try:
         with jax.enable_x64(True):
@@ -68,7 +68,7 @@ def check_scale(scale: str, make: Make) -> None:
     Raises:
       AssertionError: with the numbers.
     """
-    base.check_choice("scale", scale, ("sum", "mean"))
+    arguments.check_choice("scale", scale, ("sum", "mean"))
     gradient = np.random.default_rng(5).normal(size=(8, 1, NUM_PARAMS))
     equal = np.tile(gradient, (1, NUM_TASKS, 1))
     factor = {"sum": NUM_TASKS, "mean": 1}[scale]

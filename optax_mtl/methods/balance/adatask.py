@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from optax_mtl import base
+from optax_mtl import arguments, base
 from optax_mtl.methods.baseline.linear import linear
 from optax_mtl.wrappers import per_task
 
@@ -48,9 +48,9 @@ def adatask(
       Yang et al, `AdaTask: A Task-aware Adaptive Learning Rate Approach to
       Multi-task Learning <https://arxiv.org/abs/2211.15055>`_, AAAI 2023
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("b1", b1, "[0, 1)")
-    base.check_range("b2", b2, "[0, 1)")
-    base.check_range("eps", eps, "[0, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("b1", b1, "[0, 1)")
+    arguments.check_range("b2", b2, "[0, 1)")
+    arguments.check_range("eps", eps, "[0, inf)")
     adam = optax.scale_by_adam(b1, b2, eps)
     return base.from_coordinates(*optax.chain(per_task(adam, num_tasks), linear()))

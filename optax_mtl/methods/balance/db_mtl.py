@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 from optax_mtl.methods.balance.inverse_norm import inverse_norm, inverse_norm_weights
 from optax_mtl.wrappers import log_losses, per_task
 
@@ -59,10 +59,10 @@ def db_mtl(
       As in the authors' code, the averages start at zero and are not corrected for
       it: the first update is the fraction ``1 - beta`` of its full length.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("beta", beta, "[0, 1)")
-    base.check_range("sigma", sigma, "[0, inf)")
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("beta", beta, "[0, 1)")
+    arguments.check_range("sigma", sigma, "[0, inf)")
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     if isinstance(beta, (int, float)) and beta == 0:
 
         def weights_fn(state, gram, losses):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 
 
 class EnergyGateState(NamedTuple):
@@ -88,14 +88,14 @@ def energy_gate(
       (``examples/gcd``) this loses to the plain sum; whole tensors at a temperature
       of 4 lose less.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_choice("granularity", granularity, ("element", "channel", "tensor"))
-    base.check_range("temperature", temperature, "(0, inf)")
-    base.check_range("boost", boost, "(0, inf)")
-    base.check_range("magnitude", magnitude, "[0, inf)")
-    base.check_range("alignment", alignment, "[0, inf)")
-    base.check_range("decay", decay, "[0, 1)")
-    base.check_range("energy_decay", energy_decay, "[0, 1)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_choice("granularity", granularity, ("element", "channel", "tensor"))
+    arguments.check_range("temperature", temperature, "(0, inf)")
+    arguments.check_range("boost", boost, "(0, inf)")
+    arguments.check_range("magnitude", magnitude, "[0, inf)")
+    arguments.check_range("alignment", alignment, "[0, inf)")
+    arguments.check_range("decay", decay, "[0, 1)")
+    arguments.check_range("energy_decay", energy_decay, "[0, 1)")
 
     def init_fn(params):
         return EnergyGateState(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, base, tasks
 
 
 class ExcessMTLState(NamedTuple):
@@ -67,9 +67,9 @@ def excess_mtl(
       code adds 1e-7 to the sums; here none, so that the scale of the gradients does
       not matter. Published settings of ``eta`` range from 0.01 to 1.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("eta", eta, "[0, inf)")
-    base.check_count("warmup_steps", warmup_steps)
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("eta", eta, "[0, inf)")
+    arguments.check_count("warmup_steps", warmup_steps)
 
     def init(params):
         wide = jax.tree.map(

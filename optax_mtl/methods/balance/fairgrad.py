@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers
+from optax_mtl import arguments, base, names, solvers
 
 
 @names.by_name("preference")
@@ -62,12 +62,12 @@ def fairgrad(
       solution, because a convex combination of the gradients vanishes, the update
       is zero.
     """
-    base.check_range("alpha", alpha, "[0, inf)")
-    base.check_range("max_norm", max_norm, "(0, inf]", optional=True)
-    preference = base.check_preference(preference)
+    arguments.check_range("alpha", alpha, "[0, inf)")
+    arguments.check_range("max_norm", max_norm, "(0, inf]", optional=True)
+    preference = arguments.check_preference(preference)
 
     def weights_fn(gram):
-        shares = base.preference_among_present(preference, gram)
+        shares = arguments.preference_among_present(preference, gram)
         return fairgrad_weights(gram, shares, alpha, max_norm)
 
     return base.from_gram(weights_fn)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 
 _MIN_WEIGHT = 1e-3
 
@@ -82,10 +82,12 @@ def gradnorm(
       no official code; implementations differ in the parametrization of the
       weights and in what counts as the initial loss.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("alpha", alpha, "[0, inf)")
-    base.check_range("initial_losses", initial_losses, "(-inf, inf)", optional=True)
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("alpha", alpha, "[0, inf)")
+    arguments.check_range(
+        "initial_losses", initial_losses, "(-inf, inf)", optional=True
+    )
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     optimizer = optax.adam(0.025, eps=1e-30) if optimizer is None else optimizer
 
     def init_fn():

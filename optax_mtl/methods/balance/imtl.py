@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 from optax_mtl.methods.balance.imtl_g import imtl_g_weights
 from optax_mtl.methods.loss.imtl_l import init_balance, learn_balance
 
@@ -60,8 +60,8 @@ def imtl(
       Heads get their gradients multiplied by :math:`e^{s_i}` in the paper; with
       :func:`optax.partition` that is :func:`~optax_mtl.imtl_l` for the heads.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
 
     def step(state, gram, losses):

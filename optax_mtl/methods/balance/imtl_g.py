@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import arguments, base, solvers, tasks
 
 
 def imtl_g(*, strict_paper: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -51,7 +51,7 @@ def imtl_g(*, strict_paper: bool = False) -> optax.GradientTransformationExtraAr
       between the unit gradients in the sense of least squares, so that the result
       does not depend on the scales of the tasks.
     """
-    base.check_choice("strict_paper", strict_paper, (True, False))
+    arguments.check_choice("strict_paper", strict_paper, (True, False))
     return base.from_gram(lambda gram: imtl_g_weights(gram, strict_paper))
 
 

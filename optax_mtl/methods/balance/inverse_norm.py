@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers
+from optax_mtl import arguments, base, solvers
 
 _TARGETS = ("mean", "max", "harmonic")
 
@@ -43,7 +43,7 @@ def inverse_norm(target: str = "mean") -> optax.GradientTransformationExtraArgs:
     .. note::
       There is no paper of its own; the same weights are part of several methods.
     """
-    base.check_choice("target", target, _TARGETS)
+    arguments.check_choice("target", target, _TARGETS)
     return base.from_gram(lambda gram: inverse_norm_weights(gram, target))
 
 

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 from optax_mtl.methods.balance import fairgrad
 
 
@@ -60,11 +60,11 @@ def nash_mtl(
       there is none, because a convex combination of the gradients vanishes, the
       update is zero.
     """
-    base.check_range("max_norm", max_norm, "(0, inf]", optional=True)
-    preference = base.check_preference(preference)
+    arguments.check_range("max_norm", max_norm, "(0, inf]", optional=True)
+    preference = arguments.check_preference(preference)
 
     def weights_fn(gram):
-        powers = base.preference_among_present(preference, gram)
+        powers = arguments.preference_among_present(preference, gram)
         return nash_mtl_weights(gram, powers, max_norm)
 
     return base.from_gram(weights_fn)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, base, tasks
 
 
 class SAMGSState(NamedTuple):
@@ -101,12 +101,12 @@ def sam_gs(
       this is the authors' code. The update is not linear in the scale of the
       gradients. Equal and opposite gradients count as similar, and may cancel.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("b1", b1, "[0, 1)")
-    base.check_range("b2", b2, "[0, 1)")
-    base.check_range("gamma", gamma, "[0, inf)")
-    base.check_choice("similarity", similarity, ("pairs", "paper", "min"))
-    base.check_choice("scale_by_num_tasks", scale_by_num_tasks, (True, False))
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("b1", b1, "[0, 1)")
+    arguments.check_range("b2", b2, "[0, 1)")
+    arguments.check_range("gamma", gamma, "[0, inf)")
+    arguments.check_choice("similarity", similarity, ("pairs", "paper", "min"))
+    arguments.check_choice("scale_by_num_tasks", scale_by_num_tasks, (True, False))
 
     def init_fn(params):
         return SAMGSState(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 @names.by_name("weights")
@@ -41,10 +41,10 @@ def linear(
       Kurin et al, `In Defense of the Unitary Scalarization for Deep Multi-Task
       Learning <https://arxiv.org/abs/2201.04122>`_, NeurIPS 2022
     """
-    preference = jnp.asarray(base.check_preference(weights))
+    preference = jnp.asarray(arguments.check_preference(weights))
     return base.from_state(
         optax.EmptyState,
-        lambda state, count: (base.broadcast_preference(preference, count), state),
+        lambda state, count: (arguments.broadcast_preference(preference, count), state),
         reads=[],
     )
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import arguments, base
 
 DISTRIBUTIONS = ("normal", "uniform", "dirichlet", "bernoulli", "random_normal")
 
@@ -62,14 +62,16 @@ def random_weights(
       Lin et al, `Reasonable Effectiveness of Random Weighting: A Litmus Test for
       Multi-Task Learning <https://arxiv.org/abs/2111.10603>`_, TMLR 2022
     """
-    base.check_choice("distribution", distribution, DISTRIBUTIONS)
-    base.check_key(key)
+    arguments.check_choice("distribution", distribution, DISTRIBUTIONS)
+    arguments.check_key(key)
 
     def init_fn():
-        return RandomWeightsState(base.key_data(key), jnp.zeros([], jnp.int32))
+        return RandomWeightsState(arguments.key_data(key), jnp.zeros([], jnp.int32))
 
     def step(state, count):
-        weights = draw(base.key_of(state.key, key), state.steps, count, distribution)
+        weights = draw(
+            arguments.key_of(state.key, key), state.steps, count, distribution
+        )
         return weights, state._replace(steps=optax.safe_increment(state.steps))
 
     return base.from_state(init_fn, step, reads=[])
@@ -95,7 +97,7 @@ def draw(
     Raises:
       ValueError: for an unknown distribution.
     """
-    base.check_choice("distribution", distribution, DISTRIBUTIONS)
+    arguments.check_choice("distribution", distribution, DISTRIBUTIONS)
     task_key, steps_key = jax.random.split(key)
     key = jax.random.fold_in(steps_key, step)
     shape = (num_tasks,)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers, tasks
+from optax_mtl import arguments, base, names, solvers, tasks
 
 SCALE_MODES = ("min", "median", "rmse")
 
@@ -59,11 +59,11 @@ def aligned_mtl(
 
       Some implementations prefer ``1 / T`` for each task, a mean in place of a sum.
     """
-    base.check_choice("scale_mode", scale_mode, SCALE_MODES)
-    preference = base.check_preference(preference)
+    arguments.check_choice("scale_mode", scale_mode, SCALE_MODES)
+    preference = arguments.check_preference(preference)
 
     def weights_fn(gram):
-        shares = base.preference_among_present(preference, gram)
+        shares = arguments.preference_among_present(preference, gram)
         return aligned_mtl_weights(gram, shares, scale_mode)
 
     return base.from_gram(weights_fn)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers, tasks
+from optax_mtl import arguments, base, names, solvers, tasks
 
 
 @names.by_name("preference")
@@ -60,12 +60,14 @@ def cagrad(
       can divide by ``1 + c`` instead; chain with :func:`optax.scale` to do so. Other
       implementations return zero, or the average, for very small gradients.
     """
-    base.check_range("c", c, "[0, inf)")
-    base.check_choice("rescale", rescale, (True, False))
-    preference = base.check_preference(preference)
+    arguments.check_range("c", c, "[0, inf)")
+    arguments.check_choice("rescale", rescale, (True, False))
+    preference = arguments.check_preference(preference)
 
     def weights_fn(gram):
-        average = base.preference_among_present(preference, gram, default_total=1.0)
+        average = arguments.preference_among_present(
+            preference, gram, default_total=1.0
+        )
         weights = cagrad_weights(gram, c, average)
         return weights / (1 + c**2) if rescale else weights
 

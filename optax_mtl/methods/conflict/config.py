@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers, tasks
+from optax_mtl import arguments, base, names, solvers, tasks
 
 LENGTHS = ("projection", "min", "max", "arithmetic", "geometric", "harmonic")
 
@@ -60,16 +60,16 @@ def config(
       Where :math:`U^+ p` vanishes, as for two opposite gradients, the update is
       zero; the authors' code then divides rounding errors.
     """
-    base.check_static("length", length)
+    arguments.check_static("length", length)
     if length not in LENGTHS and not isinstance(length, int):
         raise ValueError(
             f"there is no length {length!r}; choose one of {', '.join(LENGTHS)}, or"
             " the number of a task"
         )
-    preference = base.check_preference(preference)
+    preference = arguments.check_preference(preference)
 
     def weights_fn(gram):
-        ratios = base.preference_among_present(preference, gram)
+        ratios = arguments.preference_among_present(preference, gram)
         return config_weights(gram, ratios, length)
 
     return base.from_gram(weights_fn)

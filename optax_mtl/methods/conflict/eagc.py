@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, tasks
 
 
 class EAGCState(NamedTuple):
@@ -73,8 +73,8 @@ def eagc(
       divided by the number of labelled rows and of features, the gate is clipped to
       :math:`[0, 1]`, and the labelled energy is a running mean.
     """
-    base.check_range("strength", strength, "[0, inf)")
-    base.check_range("anchor", anchor, "[0, inf)")
+    arguments.check_range("strength", strength, "[0, inf)")
+    arguments.check_range("anchor", anchor, "[0, inf)")
 
     def init_fn(params: Any) -> optax.EmptyState:
         del params
@@ -221,7 +221,7 @@ def coordinate(
     .. note::
       A `jax.custom_vjp`, so it has no forward-mode derivative.
     """
-    base.check_range("anchor", anchor, "[0, inf)")
+    arguments.check_range("anchor", anchor, "[0, inf)")
     _check_features(z, conceptor, labelled=labelled, weight=weight)
     pull = anchor * _anchor_pull(z, reference, labelled, loss_scale, axis_name)
     constants = jax.lax.stop_gradient((conceptor, weight, pull))
@@ -297,8 +297,8 @@ def eagc_weights(
       Zheng et al, `The Devil Is in Gradient Entanglement: Energy-Aware Gradient
       Coordinator <https://arxiv.org/abs/2604.14176>`_, CVPR 2026
     """
-    base.check_range("strength", strength, "[0, inf)")
-    base.check_range("decay", decay, "[0, 1)")
+    arguments.check_range("strength", strength, "[0, inf)")
+    arguments.check_range("decay", decay, "[0, 1)")
     _check_features(z, conceptor, labelled=labelled)
     energy = energy_ratio(z, conceptor)
     mask = labelled.astype(energy.dtype)
@@ -388,8 +388,8 @@ def fit_conceptor(
       Jaeger, `Controlling Recurrent Neural Networks by Conceptors
       <https://arxiv.org/abs/1403.3369>`_, 2014
     """
-    base.check_range("aperture", aperture, "[0, inf)")
-    base.check_choice("relative", relative, (True, False))
+    arguments.check_range("aperture", aperture, "[0, inf)")
+    arguments.check_choice("relative", relative, (True, False))
     if (features is None) == (second_moment is None):
         raise ValueError("give either features or second_moment")
     if features is not None:
@@ -431,7 +431,7 @@ def _project(cotangent, weight, conceptor):
 
 def _anchor_pull(z, reference, labelled, loss_scale, axis_name):
     """Gradient of half the mean squared error to the reference on labelled rows."""
-    base.check_range("loss_scale", loss_scale, "(0, inf)")
+    arguments.check_range("loss_scale", loss_scale, "(0, inf)")
     if reference.shape != z.shape:
         raise ValueError(f"reference is {reference.shape}, but z is {z.shape}")
     z, reference = jax.lax.stop_gradient((z, reference))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, base, tasks
 
 
 class Arbitration(NamedTuple):
@@ -139,17 +139,17 @@ def gcond(
       statistics of its task alone. The authors' README says that a dominating task
       wins; their code and the paper say, as here, that it loses.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("power", power, "(0, inf)")
-    base.check_range("tie_breaking", tie_breaking, "[0, inf)")
-    base.check_count("dominance_window", dominance_window, least=0)
-    base.check_range("norm_decay", norm_decay, "[0, 1)")
-    base.check_range("norm_cap", norm_cap, "(0, inf]", optional=True)
-    base.check_count("max_iters", max_iters, least=0, optional=True)
-    base.check_choice("smooth", smooth, (True, False))
-    base.check_choice("reference", reference, ("accumulated", "resolved"))
-    base.check_static("thresholds", thresholds)
-    base.check_dtype("dtype", dtype)
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("power", power, "(0, inf)")
+    arguments.check_range("tie_breaking", tie_breaking, "[0, inf)")
+    arguments.check_count("dominance_window", dominance_window, least=0)
+    arguments.check_range("norm_decay", norm_decay, "[0, 1)")
+    arguments.check_range("norm_cap", norm_cap, "(0, inf]", optional=True)
+    arguments.check_count("max_iters", max_iters, least=0, optional=True)
+    arguments.check_choice("smooth", smooth, (True, False))
+    arguments.check_choice("reference", reference, ("accumulated", "resolved"))
+    arguments.check_static("thresholds", thresholds)
+    arguments.check_dtype("dtype", dtype)
     critical, main, weak = thresholds
     if not -1 <= critical <= main <= weak <= 1:
         raise ValueError(
@@ -381,7 +381,7 @@ def scale_by_lion_lars(
       Stabilization for Large-Scale Multi-Task Learning
       <https://arxiv.org/abs/2509.07252>`_, 2025, section III.F
     """
-    base.check_range("clip", clip, "(0, inf]")
+    arguments.check_range("clip", clip, "(0, inf]")
 
     def scale(update, param):
         length, size = optax.tree.norm(update), optax.tree.norm(param)

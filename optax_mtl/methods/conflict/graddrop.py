@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 
 
 class GradDropState(NamedTuple):
@@ -71,26 +71,26 @@ def graddrop(
       method to :func:`~optax_mtl.value_and_grad_at_features`. Some code rescales the
       result to a norm; here none.
     """
-    base.check_range("leak", leak, "[0, 1]")
-    base.check_key(key)
-    base.check_function("keep", keep)
+    arguments.check_range("leak", leak, "[0, 1]")
+    arguments.check_key(key)
+    arguments.check_function("keep", keep)
 
     def init_fn(params):
         del params
-        return GradDropState(base.key_data(key))
+        return GradDropState(arguments.key_data(key))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         num_tasks = tasks.check_stacked(updates, params)
         if num_tasks is None:
             return updates, state
-        leaks = base.broadcast_preference(jnp.asarray(leak), num_tasks)
-        next_key, leaf_key = jax.random.split(base.key_of(state.key, key))
+        leaks = arguments.broadcast_preference(jnp.asarray(leak), num_tasks)
+        next_key, leaf_key = jax.random.split(arguments.key_of(state.key, key))
         keys = optax.tree.split_key_like(leaf_key, updates)
         drop = lambda x, key: _drop_signs(x, key, leaks, keep)
         new_updates = jax.tree.map(drop, updates, keys)
         new_state = base.keep_if(
-            base.all_finite(updates), GradDropState(base.key_data(next_key)), state
+            base.all_finite(updates), GradDropState(arguments.key_data(next_key)), state
         )
         return new_updates, new_state
 

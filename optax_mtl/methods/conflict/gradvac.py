@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import arguments, base, solvers, tasks
 from optax_mtl.methods.conflict import pcgrad
 
 
@@ -72,19 +72,19 @@ def gradvac(
       layer, which :func:`~optax_mtl.per_group` keeps; here there is one for all
       parameters that the method is given.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("beta", beta, "[0, 1]")
-    base.check_key(key)
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("beta", beta, "[0, 1]")
+    arguments.check_key(key)
 
     def init_fn():
         targets = jnp.zeros((num_tasks, num_tasks))
-        return GradVacState(base.key_data(key), targets)
+        return GradVacState(arguments.key_data(key), targets)
 
     def step(state, gram):
-        next_key, order_key = jax.random.split(base.key_of(state.key, key))
+        next_key, order_key = jax.random.split(arguments.key_of(state.key, key))
         orders = pcgrad.random_orders(order_key, num_tasks)
         weights, targets = gradvac_weights(gram, state.targets, orders, beta)
-        return weights, GradVacState(base.key_data(next_key), targets)
+        return weights, GradVacState(arguments.key_data(next_key), targets)
 
     return base.from_state(init_fn, step, num_tasks, reads=["gram"])
 

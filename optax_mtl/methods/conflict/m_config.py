@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, base, tasks
 from optax_mtl.methods.conflict.config import config_weights
 
 
@@ -73,10 +73,10 @@ def m_config(
     .. note::
       The authors' code waits for every task, and for ever if one has no labels.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("b1", b1, "[0, 1)")
-    base.check_range("b2", b2, "[0, 1)")
-    base.check_range("eps", eps, "[0, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("b1", b1, "[0, 1)")
+    arguments.check_range("b2", b2, "[0, 1)")
+    arguments.check_range("eps", eps, "[0, inf)")
 
     def init(params):
         wide = jax.tree.map(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers, tasks
+from optax_mtl import arguments, base, names, solvers, tasks
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
@@ -72,14 +72,14 @@ def mgda(
       0.999, and may be far from the shortest combination for more than two tasks.
       The absent tasks are left out; by the letter, they would make the result zero.
     """
-    base.check_choice("normalization", normalization, NORMALIZATIONS)
-    base.check_choice("apply_to", apply_to, ("normalized", "raw"))
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
-    preference = base.check_preference(preference)
+    arguments.check_choice("normalization", normalization, NORMALIZATIONS)
+    arguments.check_choice("apply_to", apply_to, ("normalized", "raw"))
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
+    preference = arguments.check_preference(preference)
     by_loss = normalization.startswith("loss")
 
     def step(state, gram, losses=None):
-        factors = base.preference_among_present(preference, gram)
+        factors = arguments.preference_among_present(preference, gram)
         if normalization in ("l2", "loss+"):
             norms = jnp.sqrt(jnp.diagonal(gram))
             factors = factors / jnp.where(norms > 0, norms, 1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers, tasks
+from optax_mtl import arguments, base, names, solvers, tasks
 from optax_mtl.methods.balance.db_mtl import scheduled_ema
 from optax_mtl.methods.conflict.modo import move_on_simplex, uniform
 from optax_mtl.wrappers import per_task
@@ -87,15 +87,15 @@ def moco(
       The tracking starts at zero, so that the first update is the fraction ``beta``
       of its full length.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("beta", beta, "(0, 1]")
-    base.check_range("gamma", gamma, "[0, inf)")
-    base.check_range("rho", rho, "[0, inf)")
-    base.check_range("beta_sigma", beta_sigma, "[0, inf)")
-    base.check_range("gamma_sigma", gamma_sigma, "[0, inf)")
-    base.check_choice("normalize", normalize, (None, "loss"))
-    base.check_choice("lambda_map", lambda_map, ("projection", "softmax"))
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("beta", beta, "(0, 1]")
+    arguments.check_range("gamma", gamma, "[0, inf)")
+    arguments.check_range("rho", rho, "[0, inf)")
+    arguments.check_range("beta_sigma", beta_sigma, "[0, inf)")
+    arguments.check_range("gamma_sigma", gamma_sigma, "[0, inf)")
+    arguments.check_choice("normalize", normalize, (None, "loss"))
+    arguments.check_choice("lambda_map", lambda_map, ("projection", "softmax"))
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     to_simplex = base.softmax if lambda_map == "softmax" else solvers.project_simplex
 
     def init_fn():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import arguments, base, solvers, tasks
 
 
 class MoDoState(NamedTuple):
@@ -63,9 +63,9 @@ def modo(
       The authors' code adds the two batches instead of averaging them; another
       implementation applies the weights to a third batch, and has ``gamma=1e-3``.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("gamma", gamma, "[0, inf)")
-    base.check_range("rho", rho, "[0, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("gamma", gamma, "[0, inf)")
+    arguments.check_range("rho", rho, "[0, inf)")
 
     def step(state, gram):
         cross, exists = split_batches(gram, num_tasks)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base
+from optax_mtl import arguments, base
 
 
 class PCGradState(NamedTuple):
@@ -60,18 +60,18 @@ def pcgrad(
       :func:`optax.scale` to do so. For an order of importance see
       :func:`~optax_mtl.priority_projection`.
     """
-    base.check_key(key)
-    base.check_choice("order", order, ("random", "fixed"))
+    arguments.check_key(key)
+    arguments.check_choice("order", order, ("random", "fixed"))
 
     def step(state, gram):
-        next_key, order_key = jax.random.split(base.key_of(state.key, key))
+        next_key, order_key = jax.random.split(arguments.key_of(state.key, key))
         orders = jnp.tile(jnp.arange(len(gram)), (len(gram), 1))
         if order == "random":
             orders = random_orders(order_key, len(gram))
-        return pcgrad_weights(gram, orders), PCGradState(base.key_data(next_key))
+        return pcgrad_weights(gram, orders), PCGradState(arguments.key_data(next_key))
 
     return base.from_state(
-        lambda: PCGradState(base.key_data(key)), step, reads=["gram"]
+        lambda: PCGradState(arguments.key_data(key)), step, reads=["gram"]
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers, tasks
+from optax_mtl import arguments, names, solvers, tasks
 from optax_mtl.methods.conflict.modo import (
     from_two_batches,
     move_on_simplex,
@@ -76,15 +76,15 @@ def sdmgrad(
       fixed size of 10 and momentum, and do not converge; here their size is the
       inverse of the Frobenius norm of the matrix.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("regularization", regularization, "[0, inf)")
-    preference = base.check_preference(preference)
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("regularization", regularization, "[0, inf)")
+    preference = arguments.check_preference(preference)
 
     def step(state, gram):
         two = len(gram) == 2 * num_tasks
         matrix, exists = split_batches(solvers.normalize_gram(gram)[0], num_tasks)
         identity = jnp.diag(exists.astype(gram.dtype))
-        p = base.preference_among_present(preference, identity, default_total=1.0)
+        p = arguments.preference_among_present(preference, identity, default_total=1.0)
         if two:
             move = lambda w: sdmgrad_steps(matrix, w, regularization, p)
             weights, stored = move_on_simplex(state.weights, exists, move)

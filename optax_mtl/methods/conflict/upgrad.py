@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers
+from optax_mtl import arguments, base, names, solvers
 
 
 @names.by_name("preference")
@@ -52,11 +52,11 @@ def upgrad(
     .. note::
       The authors' code averages the gradients where they are small.
     """
-    base.check_range("reg_eps", reg_eps, "[0, inf)")
-    preference = base.check_preference(preference)
+    arguments.check_range("reg_eps", reg_eps, "[0, inf)")
+    preference = arguments.check_preference(preference)
 
     def weights_fn(gram):
-        shares = base.preference_among_present(preference, gram, default_total=1.0)
+        shares = arguments.preference_among_present(preference, gram, default_total=1.0)
         return upgrad_weights(base.regularize(gram, reg_eps), shares)
 
     return base.from_gram(weights_fn)

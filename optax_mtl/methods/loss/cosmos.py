@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 @names.by_name("preference")
@@ -56,12 +56,12 @@ def cosmos(
       The paper draws a new preference for each batch and feeds it to the model;
       :func:`optax.inject_hyperparams` changes it between steps.
     """
-    base.check_range("weight", weight, "[0, inf)")
-    preference = base.check_preference(preference)
+    arguments.check_range("weight", weight, "[0, inf)")
+    preference = arguments.check_preference(preference)
 
     def weights_fn(losses):
         return cosmos_weights(
-            losses, base.preference_of_losses(preference, losses), weight
+            losses, arguments.preference_of_losses(preference, losses), weight
         )
 
     return base.from_losses(weights_fn)

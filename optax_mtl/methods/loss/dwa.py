@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 class DWAState(NamedTuple):
@@ -69,10 +69,10 @@ def dwa(
     .. note::
       Some implementations average the weighted losses instead of summing them.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("temperature", temperature, "(0, inf)")
-    base.check_count("window", window)
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("temperature", temperature, "(0, inf)")
+    arguments.check_count("window", window)
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
 
     def init_fn():
         return DWAState(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 
 
 class FAMOState(NamedTuple):
@@ -85,9 +85,9 @@ def famo(
       :math:`D_i`; here nothing is added, so that the units of the losses do not
       matter.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("gamma", gamma, "[0, inf)")
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("gamma", gamma, "[0, inf)")
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
 
     def init_fn():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 @names.by_name("min_losses")
@@ -42,7 +42,7 @@ def gls(*, min_losses: names.PerTask = 0.0) -> optax.GradientTransformationExtra
       Loss Strategy for Multi-Task Learning <https://arxiv.org/abs/1904.08492>`_,
       CVPR Workshops 2019
     """
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     return base.from_losses(gls_weights, min_losses=min_losses)
 
 

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 @names.by_name("reference", "min_losses")
@@ -60,11 +60,11 @@ def igb(
       The second version of the paper, IGBv2, learns the weights by reinforcement
       learning, with a policy network of its own.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("reference", reference, "(-inf, inf)", optional=True)
-    base.check_count("warmup_steps", warmup_steps, least=0)
-    base.check_count("window", window)
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("reference", reference, "(-inf, inf)", optional=True)
+    arguments.check_count("warmup_steps", warmup_steps, least=0)
+    arguments.check_count("window", window)
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     return base.with_reference(
         igb_weights, num_tasks, reference, warmup_steps, window, min_losses
     )

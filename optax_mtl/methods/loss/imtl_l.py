@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 class IMTLLState(NamedTuple):
@@ -65,8 +65,8 @@ def imtl_l(
     .. note::
       In the paper the optimizer of the model updates the weights, too.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
 
     def step(state, losses):

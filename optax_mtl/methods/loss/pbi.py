@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 @names.by_name("preference", "reference")
@@ -55,12 +55,12 @@ def pbi(
       Decomposition <https://doi.org/10.1109/TEVC.2007.892759>`_, IEEE Transactions
       on Evolutionary Computation 2007
     """
-    base.check_range("theta", theta, "[0, inf)")
-    base.check_range("reference", reference, "(-inf, inf)")
-    preference = base.check_preference(preference)
+    arguments.check_range("theta", theta, "[0, inf)")
+    arguments.check_range("reference", reference, "(-inf, inf)")
+    preference = arguments.check_preference(preference)
 
     def weights_fn(losses):
-        r = base.preference_of_losses(preference, losses)
+        r = arguments.preference_of_losses(preference, losses)
         gaps = jnp.where(losses != 0, losses - jnp.asarray(reference, losses.dtype), 0)
         return pbi_weights(gaps, r, theta)
 

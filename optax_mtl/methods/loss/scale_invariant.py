@@ -2,7 +2,7 @@
 
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 @names.by_name("min_losses")
@@ -38,5 +38,5 @@ def scale_invariant(
       Navon et al, `Multi-Task Learning as a Bargaining Game
       <https://arxiv.org/abs/2202.01017>`_, ICML 2022, as a baseline
     """
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     return base.from_losses(base.reciprocal, min_losses=min_losses)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 @names.by_name("reference", "preference", "min_losses")
@@ -71,21 +71,21 @@ def stch(
       Lin et al, `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
       <https://arxiv.org/abs/2402.19078>`_, ICML 2024
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("mu", mu, "(0, inf)")
-    base.check_choice("objective", objective, ("log", "linear"))
-    base.check_range("reference", reference, "(-inf, inf)", optional=True)
-    base.check_count("warmup_steps", warmup_steps, least=0)
-    base.check_count("window", window)
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("mu", mu, "(0, inf)")
+    arguments.check_choice("objective", objective, ("log", "linear"))
+    arguments.check_range("reference", reference, "(-inf, inf)", optional=True)
+    arguments.check_count("warmup_steps", warmup_steps, least=0)
+    arguments.check_count("window", window)
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     if objective == "log" and preference is not None:
         raise ValueError("a preference needs objective='linear'")
-    preference = base.check_preference(preference)
+    preference = arguments.check_preference(preference)
 
     if objective == "linear":
 
         def linear_fn(losses):
-            p = base.preference_of_losses(preference, losses)
+            p = arguments.preference_of_losses(preference, losses)
             z = 0.0 if reference is None else jnp.asarray(reference, losses.dtype)
             return stch_linear_weights(losses, z, p, mu)
 

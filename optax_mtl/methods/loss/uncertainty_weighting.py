@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 # Factors a and b of the objective a exp(-s) L + b s.
 FORMS = {"regression": (0.5, 0.5), "classification": (1.0, 0.5), "tutorial": (1.0, 1.0)}
@@ -82,9 +82,9 @@ def uncertainty_weighting(
     .. note::
       The weights of a step are those before its update of the log-variances.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("initial", initial, "(-inf, inf)")
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("initial", initial, "(-inf, inf)")
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     forms = [form] * num_tasks if isinstance(form, str) else list(form)
     unknown = [f for f in forms if f not in FORMS]
     if unknown or len(forms) != num_tasks:

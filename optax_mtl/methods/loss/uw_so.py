@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from optax_mtl import base, names
+from optax_mtl import arguments, base, names
 
 
 @names.by_name("min_losses")
@@ -51,8 +51,8 @@ def uw_so(
     .. note::
       Written from memory of the paper, without its code at hand.
     """
-    base.check_range("temperature", temperature, "(0, inf)")
-    base.check_range("min_losses", min_losses, "(-inf, inf)")
+    arguments.check_range("temperature", temperature, "(0, inf)")
+    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     return base.from_losses(
         lambda losses: uw_so_weights(losses, temperature), min_losses=min_losses
     )

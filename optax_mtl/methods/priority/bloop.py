@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 
 
 class BloopState(NamedTuple):
@@ -74,12 +74,12 @@ def bloop(
       The authors' code adds 1e-7 to the squared norm of the average, and rescales by
       ``1 + weight`` where its paper divides by it.
     """
-    base.check_range("weight", weight, "[0, inf)")
-    base.check_range("step_size", step_size, "(0, 1]")
-    base.check_primary(primary)
-    base.check_choice("subtract", subtract, ("average", "gradient"))
-    base.check_choice("barrier", barrier, (True, False))
-    base.check_choice("rescale", rescale, (True, False))
+    arguments.check_range("weight", weight, "[0, inf)")
+    arguments.check_range("step_size", step_size, "(0, 1]")
+    arguments.check_primary(primary)
+    arguments.check_choice("subtract", subtract, ("average", "gradient"))
+    arguments.check_choice("barrier", barrier, (True, False))
+    arguments.check_choice("rescale", rescale, (True, False))
 
     def init_fn(params):
         return BloopState(
@@ -92,7 +92,7 @@ def bloop(
         count = tasks.check_stacked(updates, params)
         if count is None:
             return updates, state
-        number = base.check_primary(primary, count)
+        number = arguments.check_primary(primary, count)
         precise = jax.tree.map(
             lambda g, e: jnp.asarray(g, e.dtype), updates, state.average
         )

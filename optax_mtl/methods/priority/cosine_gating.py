@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 
 
 @names.by_name(of_tasks=["primary"])
@@ -43,8 +43,8 @@ def cosine_gating(
       Du et al, `Adapting Auxiliary Losses Using Gradient Similarity
       <https://arxiv.org/abs/1812.02224>`_, 2018
     """
-    main = base.check_primary(primary)
-    base.check_choice("weighted", weighted, (True, False))
+    main = arguments.check_primary(primary)
+    arguments.check_choice("weighted", weighted, (True, False))
     return base.from_gram(lambda gram: cosine_gating_weights(gram, main, weighted))
 
 
@@ -52,7 +52,7 @@ def cosine_gating_weights(
     gram: jax.Array, primary: int = 0, weighted: bool = True
 ) -> jax.Array:
     """Weights of :func:`cosine_gating`, from the Gram matrix, shape ``(T, T)``."""
-    base.check_primary(primary, len(gram))
+    arguments.check_primary(primary, len(gram))
     cosines = tasks.cosine_similarity(gram)[primary]
     gates = jnp.maximum(cosines, 0) if weighted else (cosines >= 0).astype(gram.dtype)
     gates = gates.at[primary].set(1)

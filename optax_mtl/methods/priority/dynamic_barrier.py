@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 
 
 @names.by_name(of_tasks=["primary"])
@@ -52,8 +52,8 @@ def dynamic_barrier(
       This is the paper's lexicographic case. Its constrained case also bounds the
       progress by the distance of the primary loss from a threshold.
     """
-    base.check_range("beta", beta, "[0, inf)")
-    main = base.check_primary(primary)
+    arguments.check_range("beta", beta, "[0, inf)")
+    main = arguments.check_primary(primary)
     return base.from_gram(lambda gram: dynamic_barrier_weights(gram, beta, main))
 
 
@@ -61,7 +61,7 @@ def dynamic_barrier_weights(
     gram: jax.Array, beta: jax.typing.ArrayLike = 1.0, primary: int = 0
 ) -> jax.Array:
     """Weights of :func:`dynamic_barrier`, from the Gram matrix, shape ``(T, T)``."""
-    base.check_primary(primary, len(gram))
+    arguments.check_primary(primary, len(gram))
     main = jnp.arange(len(gram)) == primary
     squared = gram[primary, primary]
     dot = jnp.sum(jnp.where(main, 0, gram[primary]))

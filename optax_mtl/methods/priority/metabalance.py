@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, tasks
+from optax_mtl import arguments, base, names, tasks
 
 # What the ratio of the norms is clipped to.
 _STRATEGIES = {"both": (0, jnp.inf), "reduce": (0, 1), "enlarge": (1, jnp.inf)}
@@ -66,11 +66,11 @@ def metabalance(
       Gradient Magnitudes of Auxiliary Tasks <https://arxiv.org/abs/2203.06801>`_,
       WWW 2022
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("relax", relax, "[0, 1]")
-    base.check_range("decay", decay, "[0, 1)")
-    base.check_primary(primary, num_tasks)
-    base.check_choice("strategy", strategy, _STRATEGIES)
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("relax", relax, "[0, 1]")
+    arguments.check_range("decay", decay, "[0, 1)")
+    arguments.check_primary(primary, num_tasks)
+    arguments.check_choice("strategy", strategy, _STRATEGIES)
 
     def init_fn(params):
         return MetaBalanceState(

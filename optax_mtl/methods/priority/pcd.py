@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, names, solvers, tasks
+from optax_mtl import arguments, base, names, solvers, tasks
 
 
 class PCDState(NamedTuple):
@@ -72,10 +72,10 @@ def pcd(
       Other implementations add 1e-8 to the averages, which changes the direction for
       gradients of about that size.
     """
-    base.check_count("num_tasks", num_tasks)
-    base.check_range("tau", tau, "[0, 1]")
-    main = base.check_primary(primary, num_tasks)
-    base.check_range("decay", decay, "[0, 1)")
+    arguments.check_count("num_tasks", num_tasks)
+    arguments.check_range("tau", tau, "[0, 1]")
+    main = arguments.check_primary(primary, num_tasks)
+    arguments.check_range("decay", decay, "[0, 1)")
 
     def init_fn():
         return PCDState(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_mtl import base, names, solvers
+from optax_mtl import arguments, base, names, solvers
 
 
 @names.by_name(of_tasks=["order"])
@@ -67,8 +67,8 @@ def priority_projection(
       GEM and A-GEM take one more step with the projected gradient alone; here all
       tasks are trained, and the sum is taken.
     """
-    base.check_choice("mode", mode, _MODES)
-    base.check_static("order", order)
+    arguments.check_choice("mode", mode, _MODES)
+    arguments.check_static("order", order)
     if order is not None and (
         not np.iterable(order) or sorted(order) != list(range(len(order)))
     ):

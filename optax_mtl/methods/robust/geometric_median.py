@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import arguments, base, solvers, tasks
 
 
 def geometric_median(num_iters: int = 100) -> optax.GradientTransformationExtraArgs:
@@ -39,7 +39,7 @@ def geometric_median(num_iters: int = 100) -> optax.GradientTransformationExtraA
       Pillutla et al, `Robust Aggregation for Federated Learning
       <https://arxiv.org/abs/1912.13445>`_, 2019
     """
-    base.check_count("num_iters", num_iters, least=0)
+    arguments.check_count("num_iters", num_iters, least=0)
     return base.from_gram(lambda gram: geometric_median_weights(gram, num_iters))
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, solvers, tasks
+from optax_mtl import arguments, base, solvers, tasks
 
 
 def krum(
@@ -56,9 +56,9 @@ def krum(
       Tasks that tie for the last place share it. With absent tasks, T is the number
       of the others; if that is too small, the score is the distance to the nearest.
     """
-    base.check_count("num_byzantine", num_byzantine, least=0, optional=True)
-    base.check_count("num_selected", num_selected, optional=True)
-    base.check_choice("squared", squared, (True, False))
+    arguments.check_count("num_byzantine", num_byzantine, least=0, optional=True)
+    arguments.check_count("num_selected", num_selected, optional=True)
+    arguments.check_choice("squared", squared, (True, False))
 
     def weights_fn(gram):
         return krum_weights(gram, num_byzantine, num_selected, squared)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import base, tasks
+from optax_mtl import arguments, base, tasks
 
 
 def trimmed_mean(
@@ -45,7 +45,7 @@ def trimmed_mean(
       With absent tasks, T is the number of the others; if that is too small,
       as many entries are left out as can be.
     """
-    base.check_count("num_trimmed", num_trimmed, least=0, optional=True)
+    arguments.check_count("num_trimmed", num_trimmed, least=0, optional=True)
 
     def init_fn(params):
         del params
