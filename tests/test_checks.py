@@ -1,7 +1,5 @@
 """``check`` finds what is wrong with a chain, and nothing where nothing is."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,31 +274,10 @@ def test_a_train_state():
     assert "take optax_mtl.linen.TrainState" in found
 
 
-def test_computes_nothing_and_takes_a_moment():
-    """A language model of 124 million parameters in 148 arrays, in under a second."""
-    block = {
-        "norms": {"scale": (2, 768), "bias": (2, 768)},
-        "qkv": {"kernel": (768, 2304), "bias": (2304,)},
-        "out": {"kernel": (768, 768), "bias": (768,)},
-        "up": {"kernel": (768, 3072), "bias": (3072,)},
-        "down": {"kernel": (3072, 768), "bias": (768,)},
-        "gates": {"in": (768,), "out": (768,)},
-    }
-    shapes = {
-        "blocks": {str(i): block for i in range(12)},
-        "embed": (50257, 768),
-        "positions": (1024, 768),
-        "norm": {"scale": (768,), "bias": (768,)},
-    }
-    is_shape = lambda x: isinstance(x, tuple)
-    struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    params = jax.tree.map(struct, shapes, is_leaf=is_shape)
-    assert sum(p.size for p in jax.tree.leaves(params)) > 100e6
-    tx = optax.chain(optax_mtl.cagrad(), optax.adamw(1e-3))
-    times = []
-    for _ in range(3):  # The best of three, since others may be at work.
-        start = time.perf_counter()
-        check(tx, params, 8)
-        times.append(time.perf_counter() - start)
-    print(f"check: {times[0]:.2f} s, then {min(times[1:]):.2f} s")
-    assert min(times) < 1
+def test_computes_nothing():
+    """A billion parameters for 64 tasks, of which there are only the shapes."""
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    params = {"embed": struct(50_000, 10_000), "out": struct(10_000, 50_000)}
+    check(optax.chain(optax_mtl.cagrad(), optax.adamw(1e-3)), params, 64)
+    with pytest.raises(ValueError, match="there is no method"):
+        check(optax.adamw(1e-3), params, 64)
