@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optax_mtl
-from optax_mtl.base import check_dtype
+from optax_mtl.arguments import check_dtype
 from tests.common import every_method, params, stacked
 
 
