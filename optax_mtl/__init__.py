@@ -21,6 +21,7 @@ from optax_mtl.gradients.multi_steps import has_updated as has_updated
 from optax_mtl.gradients.multi_steps import multi_steps as multi_steps
 from optax_mtl.gradients.multi_steps import next_task as next_task
 from optax_mtl.gradients.resolved import value_and_grad as value_and_grad
+from optax_mtl.gradients.split import split_tasks as split_tasks
 from optax_mtl.gradients.stacked import value_and_task_grads as value_and_task_grads
 from optax_mtl.guards import apply_if_finite as apply_if_finite
 from optax_mtl.guards import apply_updates as apply_updates

@@ -208,6 +208,7 @@ OTHERS = {
     },
     "scale_by_lion_lars": {"clip": LIMIT},
     "smooth_weights": {"num_tasks": COUNT, "decay": UNIT},
+    "split_tasks": {"num_tasks": COUNT},
     "update_every": {"k": COUNT, "num_tasks": COUNT},
     "value_and_grad": {"has_aux": FLAG, "mode": CHOICE},
     "value_and_grad_at_features": {"has_aux": FLAG, "sum_batch": FLAG},
@@ -230,6 +231,7 @@ UNRESTRICTED = {
     "sharded": "a mask, compared with the parameters",
     "measure": "a mask, compared with the parameters",
     "labels": "names of groups, compared with the parameters",
+    "z": "features, checked for gradients",
     "axis_name": "the name of an axis, known to JAX",
     "dtype": "known to JAX",
     "accumulator_dtype": "known to JAX",
@@ -245,6 +247,7 @@ PLACEHOLDERS = {
     "max_consecutive_errors": 2,
     "labels": "all",
     "axis_name": "data",
+    "z": np.ones(2),
 } | dict.fromkeys(["losses_fn", "trunk_fn", "heads_fn"], lambda x: x)
 
 
