@@ -11,6 +11,7 @@ import optax
 from optax_mtl import arguments, base, tasks
 from optax_mtl.gradients import averaging
 from optax_mtl.gradients.backward import stack_task_losses, take_aux
+from optax_mtl.gradients.own_data import own_gradients, own_losses
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels
 
@@ -22,6 +23,7 @@ def accumulate_task_grads(
     has_aux: bool = False,
     shared: Labels | None = None,
     one_task_each: bool = False,
+    own_data: bool = False,
     num_labels: Callable[..., Any] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Callable[..., tuple[Any, optax.Updates]]:
@@ -49,6 +51,11 @@ def accumulate_task_grads(
       has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
       shared: which parameters all tasks share, as in :func:`value_and_task_grads`.
       one_task_each: whether each micro-batch serves one task, in turn.
+      own_data: whether each task has data of its own, as in
+        :func:`value_and_task_grads`: ``losses_fn`` returns the loss of one task. Of an
+        array of shape ``(T, n, ...)`` the second axis is split, and one of shape
+        ``(T,)``, such as the numbers of the tasks, goes whole to every micro-batch.
+        ``num_labels`` then counts for one task, too.
       num_labels: maps what ``losses_fn`` gets beside the parameters to the number of
         labels of each task in the micro-batch, in the form of the losses. Where each
         loss is an average over its labels, the result is exactly that of the whole
@@ -106,12 +113,22 @@ def accumulate_task_grads(
     arguments.check_count("num_microbatches", num_microbatches)
     arguments.check_choice("has_aux", has_aux, (True, False))
     arguments.check_choice("one_task_each", one_task_each, (True, False))
+    arguments.check_choice("own_data", own_data, (True, False))
     arguments.check_dtype("dtype", dtype)
+    if own_data and one_task_each:
+        raise ValueError(
+            "one_task_each serves one task in each micro-batch, own_data all of them:"
+            " choose one"
+        )
     if num_labels is not None:
         arguments.check_function("num_labels", num_labels)
+    loss_of_one = losses_fn
+    if own_data:
+        losses_fn = own_losses(loss_of_one, has_aux)
 
     def fn(params, *args, **kwargs):
-        batches = jax.tree.map(lambda x: _split_batch(x, num_microbatches), args)
+        cut = _split_own_data if own_data else _split_batch
+        batches = jax.tree.map(lambda x: cut(x, num_microbatches), args)
         first = jax.tree.map(lambda x: x[0], batches)
         like = jax.eval_shape(losses_fn, params, *first, **kwargs)
         like, _ = take_aux(like, has_aux)
@@ -134,9 +151,11 @@ def accumulate_task_grads(
 
         weights = None
         if num_labels is not None:
-            weights = _shares(
-                partial(num_labels, **kwargs), batches, num_tasks, one_task_each
-            )
+            labels_of = partial(num_labels, **kwargs)
+            if own_data:
+                count = lambda _, *batch: num_labels(*batch, **kwargs)
+                labels_of = partial(own_losses(count, False), None)
+            weights = _shares(labels_of, batches, num_tasks, one_task_each)
 
         def add_all_tasks(average, inputs):
             step, batch, weight = inputs
@@ -163,12 +182,23 @@ def accumulate_task_grads(
                     total, task, pull_back(cotangent)[0], rates
                 ), None
 
-            each = (jnp.arange(num_tasks), jnp.diag(cotangents), rates)
-            total, _ = jax.lax.scan(add_task, average.shared, each)
+            if own_data:
+                total = add_own(average.shared, batch, cotangents, rates)
+            else:
+                each = (jnp.arange(num_tasks), jnp.diag(cotangents), rates)
+                total, _ = jax.lax.scan(add_task, average.shared, each)
             grads = pull_back(cotangents)[1]
             new = averaging.Average(total, counts, average.heads, average.head_counts)
             aux = value[1] if has_aux else None
             return averaging.add_heads(new, grads, 0, weight is None), (vector, aux)
+
+        def add_own(total, batch, factors, rates):
+            primals = shared_part, heads
+            _, updates = own_gradients(loss_of_one, has_aux, primals, batch, kwargs)
+            old, new = rates
+            add = jax.vmap(averaging.add_leaf)
+            each = lambda t, g: add(t, g, (old, new * factors))
+            return jax.tree.map(each, total, updates)
 
         def grads_of_one(task, batch):
             def loss_fn(shared_part, heads):
@@ -233,6 +263,13 @@ def _split_batch(x: jax.Array, count: int) -> jax.Array:
             " size, and pass what is not a batch by keyword"
         )
     return jnp.swapaxes(x.reshape(len(x) // count, count, *x.shape[1:]), 0, 1)
+
+
+def _split_own_data(x: jax.Array, count: int) -> jax.Array:
+    """The same for the examples of each task, behind the axis of the tasks."""
+    if jnp.ndim(x) == 1:
+        return jnp.broadcast_to(x, (count, *x.shape))
+    return jax.vmap(lambda y: _split_batch(y, count), out_axes=1)(x)
 
 
 def _shares(

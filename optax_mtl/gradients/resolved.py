@@ -16,6 +16,7 @@ from optax_mtl.gradients.backward import (
     take_aux,
     vector_fn,
 )
+from optax_mtl.gradients.own_data import own_resolved
 from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.gradients.stacked import value_and_task_grads
@@ -29,6 +30,7 @@ def value_and_grad(
     *,
     mode: str = "gram",
     shared: Labels | None = None,
+    own_data: bool = False,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Resolver:
     r"""Makes a function that returns the losses and the resolved gradient.
@@ -61,6 +63,10 @@ def value_and_grad(
         nothing can be pushed forward.
       shared: which parameters the method resolves, as in
         :func:`value_and_task_grads`; the others get the gradient of the sum.
+      own_data: whether each task has data of its own, as in
+        :func:`value_and_task_grads`: ``losses_fn`` returns the loss of one task, and
+        all of them cost two passes over the data, the mode ``"gram"`` being the same
+        as ``"leafwise"`` then.
       optimizer: makes updates of all parameters, shared or not, out of that gradient.
 
     Returns:
@@ -110,6 +116,7 @@ def value_and_grad(
         raise ValueError(
             f"mode should be 'gram', 'leafwise' or 'stacked', not {mode!r}"
         )
+    arguments.check_choice("own_data", own_data, (True, False))
     method = optax.with_extra_args_support(method)
     init_call = "the init of what value_and_grad returns: resolve.init(params)"
 
@@ -187,7 +194,9 @@ def value_and_grad(
         return value, merge(grads, pull_back(ones)[1]), state
 
     def from_stacked(params, state, *args, **kwargs):
-        task_grads = value_and_task_grads(losses_fn, has_aux, shared=shared)
+        task_grads = value_and_task_grads(
+            losses_fn, has_aux, shared=shared, own_data=own_data
+        )
         value, updates = task_grads(params, *args, **kwargs)
         losses, _ = take_aux(value, has_aux)
         mask = mask_of(params, shared, "shared")
@@ -196,7 +205,10 @@ def value_and_grad(
         grads, state = resolve(method, stacked, state, shared_part, losses, init_call)
         return value, merge(grads, heads), state
 
-    resolver = Resolver(init, from_stacked if mode == "stacked" else from_gram)
+    way: Callable[..., Any] = from_stacked if mode == "stacked" else from_gram
+    if own_data and mode != "stacked":
+        way = own_resolved(losses_fn, method, has_aux, shared, init_call)
+    resolver = Resolver(init, way)
     if optimizer is None:
         return resolver
     return with_optimizer(resolver, optimizer, has_aux, init_call)

@@ -13,6 +13,7 @@ from optax_mtl.gradients.backward import (
     pull_back_each,
     vector_fn,
 )
+from optax_mtl.gradients.own_data import own_task_grads
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels
 
@@ -23,6 +24,7 @@ def value_and_task_grads(
     *,
     shared: Labels | None = None,
     sequential: bool = False,
+    own_data: bool = False,
 ) -> Callable[..., tuple[Any, optax.Updates]]:
     r"""Makes a function that returns the losses and the gradient of each task.
 
@@ -44,6 +46,14 @@ def value_and_task_grads(
         losses, not stacked, so that they cost nothing more. ``None``: all.
       sequential: whether to run the backward passes one after the other, with
         memory for one at a time, instead of batched.
+      own_data: whether each task has data of its own: ``losses_fn`` then maps the
+        parameters and the data of one task to its loss, one number, and every array
+        of the positional arguments of what is returned has a leading task axis.
+        What is the same for all goes by keyword; ``jnp.arange(T)`` as an argument
+        tells the number of the task, for its head. All tasks together cost one
+        forward and one backward pass over their data. A task with fewer examples
+        is padded and masked; one without any, its loss and gradient exactly zero,
+        is absent.
 
     Returns:
       A function of the parameters and further arguments that returns
@@ -52,7 +62,9 @@ def value_and_task_grads(
 
     Raises:
       TypeError: at the call, for parameters that are not floating point.
-      ValueError: at the call, if the losses are neither a vector nor scalars.
+      ValueError: at the call, if the losses are neither a vector nor scalars; with
+        ``own_data``, if ``losses_fn`` returns more than one, and for arguments whose
+        leading axes differ.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -62,9 +74,25 @@ def value_and_task_grads(
       >>> print(updates)
       [[2. 2.]
        [1. 1.]]
+
+      One batch for each task, and a head that the number of the task finds:
+
+      >>> def loss_fn(params, task, x):
+      ...   return jnp.mean(params["head"][task] * params["trunk"] * x)
+      >>> fn = optax_mtl.value_and_task_grads(
+      ...     loss_fn, own_data=True, shared={"trunk": True, "head": False}
+      ... )
+      >>> params = {"trunk": jnp.array(2.0), "head": jnp.array([1.0, 10.0])}
+      >>> batches = jnp.array([[1.0, 3.0], [2.0, 4.0]])
+      >>> losses, updates = fn(params, jnp.arange(2), batches)
+      >>> print(losses, updates["trunk"], updates["head"])
+      [ 4. 60.] [ 2. 30.] [4. 6.]
     """
     arguments.check_choice("has_aux", has_aux, (True, False))
     arguments.check_choice("sequential", sequential, (True, False))
+    arguments.check_choice("own_data", own_data, (True, False))
+    if own_data:
+        return own_task_grads(losses_fn, has_aux, shared, sequential)
 
     def fn(params, *args, **kwargs):
         primals = split(params, shared)

@@ -1,0 +1,156 @@
+"""Gradients of tasks of which each has data of its own.
+
+For many domains, environments or language pairs, and, as the extreme, for one
+objective per example. All tasks go through one vectorised pass, so that T gradients
+cost what the plain sum over all the data costs, and resolving them twice that. The
+tasks share one loss function and one shape of their batches; where tasks share a batch,
+this would do its forward pass T times.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mtl import tasks
+from optax_mtl.gradients.backward import take_aux, vector_fn
+from optax_mtl.gradients.resolver import resolve
+from optax_mtl.gradients.sharing import merge, split
+from optax_mtl.labels import Labels
+
+
+def own_task_grads(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    shared: Labels | None,
+    sequential: bool,
+) -> Callable[..., tuple[Any, optax.Updates]]:
+    """What :func:`value_and_task_grads` makes with ``own_data``."""
+
+    def fn(params, *args, **kwargs):
+        primals = split(params, shared)
+        value, updates = own_gradients(
+            loss_fn, has_aux, primals, args, kwargs, sequential
+        )
+        heads = primals[1]
+        if jax.tree.leaves(heads):
+            losses_of = vector_fn(own_losses(loss_fn, has_aux), has_aux, args, kwargs)
+            losses, pull_back, _ = jax.vjp(losses_of, *primals, has_aux=True)
+            heads = pull_back(jnp.ones_like(losses))[1]
+        return value, merge(updates, heads)
+
+    return fn
+
+
+def own_resolved(
+    loss_fn: Callable[..., Any],
+    method: optax.GradientTransformationExtraArgs,
+    has_aux: bool,
+    shared: Labels | None,
+    init_call: str,
+) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
+    """What :func:`value_and_grad` makes with ``own_data``, unless stacked.
+
+    The Gram matrix comes from the gradients of all tasks, of which the compiler frees
+    one leaf after the other; one backward pass of the weighted losses follows.
+    """
+
+    def fn(params, state, *args, **kwargs):
+        primals = split(params, shared)
+        losses_of = vector_fn(own_losses(loss_fn, has_aux), has_aux, args, kwargs)
+        losses, pull_back, value = jax.vjp(losses_of, *primals, has_aux=True)
+        ones = jnp.ones_like(losses)  # Sharded as the losses are.
+
+        def task_grads():
+            return own_gradients(loss_fn, has_aux, primals, args, kwargs)[1]
+
+        view = tasks.GramView(
+            len(losses),
+            lambda: tasks.gram(task_grads()),
+            lambda weights: pull_back(ones * weights.astype(ones.dtype))[0],
+            lambda weights, keep: tasks.combine(
+                weights, tasks.drop_tasks(keep, task_grads())
+            ),
+        )
+        grads, state = resolve(method, view, state, primals[0], losses, init_call)
+        return value, merge(grads, pull_back(ones)[1]), state
+
+    return fn
+
+
+def own_losses(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """A function to the losses of all tasks out of one to that of one task."""
+
+    def losses_fn(params, *args, **kwargs):
+        count_tasks(args)
+        loss_of = lambda args: _value_of_one(loss_fn, has_aux, params, args, kwargs)
+        return jax.vmap(loss_of)(args)
+
+    return losses_fn
+
+
+def own_gradients(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    primals: tuple[Any, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sequential: bool = False,
+) -> tuple[Any, optax.Updates]:
+    """What ``loss_fn`` returned, and the gradients of the shared part, both stacked."""
+    count_tasks(args)
+    shared_part, heads = primals
+
+    def loss_of(shared_part, args):
+        params = merge(shared_part, heads)
+        value = _value_of_one(loss_fn, has_aux, params, args, kwargs)
+        return take_aux(value, has_aux)[0], value
+
+    grad = jax.grad(loss_of, has_aux=True)
+    each = lambda args: grad(shared_part, args)
+    updates, value = jax.lax.map(each, args) if sequential else jax.vmap(each)(args)
+    return value, updates
+
+
+def _value_of_one(loss_fn, has_aux, params, args, kwargs):
+    """What ``loss_fn`` returns for the data of one task."""
+    value = loss_fn(params, *args, **kwargs)
+    loss, _ = take_aux(value, has_aux)
+    if not jax.tree_util.all_leaves([loss]) or jnp.ndim(loss):
+        raise ValueError(
+            "with own_data=True, losses_fn sees the data of one task, without the"
+            " task axis, and returns its loss, one number, but returned shapes"
+            f" {jax.tree.map(jnp.shape, loss)}; average the loss over the examples"
+            " (where tasks share a batch, leave own_data out)"
+        )
+    return value
+
+
+def count_tasks(args: tuple[Any, ...]) -> int:
+    """The number of tasks, by which every array of the arguments begins.
+
+    Raises:
+      ValueError: without arrays, and for leading axes of different sizes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(args)
+    name = lambda path: f"argument {path[0].idx}{jax.tree_util.keystr(path[1:])}"
+    shapes = [(name(path), jnp.shape(x)) for path, x in leaves]
+    if not shapes:
+        raise ValueError(
+            "with own_data=True the data of the tasks come as positional arguments,"
+            " stacked along a leading task axis, but there are none"
+        )
+    (first, shape), *_ = shapes
+    for other, found in shapes:
+        if not found or found[0] != shape[0]:
+            raise ValueError(
+                "with own_data=True the leading axis of every positional argument is"
+                f" that of the tasks, but {first} has shape {shape} and {other}"
+                f" {found}: stack the data of the tasks, pad and mask those that have"
+                " less, and pass by keyword what is the same for all"
+            )
+    if not shape[0]:
+        raise ValueError(f"{first} of shape {shape} holds the data of no task")
+    return shape[0]
