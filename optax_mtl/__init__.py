@@ -105,6 +105,7 @@ from optax_mtl.tasks import conflicts as conflicts
 from optax_mtl.tasks import cosine_similarity as cosine_similarity
 from optax_mtl.tasks import gram as gram
 from optax_mtl.wrappers import log_losses as log_losses
+from optax_mtl.wrappers import measure_on as measure_on
 from optax_mtl.wrappers import per_group as per_group
 from optax_mtl.wrappers import per_task as per_task
 from optax_mtl.wrappers import smooth_weights as smooth_weights

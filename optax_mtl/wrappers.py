@@ -354,6 +354,73 @@ def per_group(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def measure_on(
+    method: optax.GradientTransformation, mask: Labels
+) -> optax.GradientTransformationExtraArgs:
+    r"""Makes the weights of a method from some parameters, and applies them to all.
+
+    .. math::
+
+      G = \sum_{p \in M} G^{(p)}, \qquad d = \sum_i w_i(G) \, g_i
+
+    over the measured parameters :math:`M`, such as those of the last shared layer, as
+    GradNorm and VQGAN have it. With ``measure=`` of :func:`value_and_grad`, the
+    backward passes that measure stop there, too.
+
+    Args:
+      method: any method that makes its weights from inner products or losses, or a
+        chain that begins with one; not from the gradients themselves.
+      mask: which parameters are measured: a tree of bools, a function of the path of a
+        parameter, or one of the parameters to such a tree.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+
+    Raises:
+      TypeError: at the update, for a method that reads the gradients themselves.
+      ValueError: at the update, for a mask that marks nothing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = {"first": jnp.eye(2), "last": jnp.array([[1.0], [-3]])}
+      >>> method = optax_mtl.measure_on(optax_mtl.mgda(), lambda path: path == "last")
+      >>> print(method.update(updates, method.init(None))[0])
+      {'first': Array([0.75, 0.25], dtype=float32), 'last': Array([0.], dtype=float32)}
+
+    References:
+      Chen et al, `GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
+      Multitask Networks <https://arxiv.org/abs/1711.02257>`_, ICML 2018
+
+    .. note::
+      A task whose gradient is zero at the measured parameters is absent.
+    """
+    method = optax.with_extra_args_support(method)
+
+    def update(updates, state, params=None, **extra_args):
+        count = tasks.check_stacked(updates, params, reader="measure_on")
+        if count is None:
+            return updates, state
+        marks = jax.tree.leaves(mask_of(updates, mask, "mask"))
+        measured = [x for x, mark in zip(jax.tree.leaves(updates), marks) if mark]
+        if not measured:
+            raise ValueError(
+                "the mask of measure_on marks none of the parameters, so that there is"
+                " nothing to measure"
+            )
+        view = tasks.GramView(
+            count,
+            lambda: tasks.gram(measured),
+            lambda weights: tasks.combine(weights, updates),
+            lambda weights, keep: tasks.combine(
+                weights, tasks.drop_tasks(keep, updates)
+            ),
+        )
+        return method.update(view, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(method.init, update)
+
+
 def with_sharded_parameters(
     method: optax.GradientTransformationExtraArgs,
     axis_name: str | tuple[str, ...],

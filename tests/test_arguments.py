@@ -193,6 +193,7 @@ OTHERS = {
     "checked": {},
     "eagc": {"strength": AT_LEAST_0, "anchor": AT_LEAST_0},
     "log_losses": {"min_losses": FINITE},
+    "measure_on": {},
     "multi_steps": {"every_k": COUNT, "num_tasks": COUNT, "one_task_each": FLAG},
     "per_group": {},
     "per_task": {"num_tasks": COUNT},
@@ -230,6 +231,7 @@ UNRESTRICTED = {
     "num_labels": "a function of the user, checked when called",
     "shared": "a mask, compared with the parameters",
     "sharded": "a mask, compared with the parameters",
+    "mask": "a mask, compared with the parameters",
     "measure": "a mask, compared with the parameters",
     "labels": "names of groups, compared with the parameters",
     "z": "features, checked for gradients",
@@ -247,6 +249,7 @@ PLACEHOLDERS = {
     "num_microbatches": 2,
     "max_consecutive_errors": 2,
     "labels": "all",
+    "mask": True,
     "axis_name": "data",
     "z": np.ones(2),
 } | dict.fromkeys(["losses_fn", "trunk_fn", "heads_fn"], lambda x: x)

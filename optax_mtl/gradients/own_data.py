@@ -16,6 +16,7 @@ import optax
 
 from optax_mtl import tasks
 from optax_mtl.gradients.backward import take_aux, vector_fn
+from optax_mtl.gradients.measured import split_measured
 from optax_mtl.gradients.resolver import resolve
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels
@@ -49,6 +50,7 @@ def own_resolved(
     method: optax.GradientTransformationExtraArgs,
     has_aux: bool,
     shared: Labels | None,
+    measure: Labels | None,
     init_call: str,
 ) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
     """What :func:`value_and_grad` makes with ``own_data``, unless stacked.
@@ -63,12 +65,17 @@ def own_resolved(
         losses, pull_back, value = jax.vjp(losses_of, *primals, has_aux=True)
         ones = jnp.ones_like(losses)  # Sharded as the losses are.
 
-        def task_grads():
+        def task_grads(primals=primals):
             return own_gradients(loss_fn, has_aux, primals, args, kwargs)[1]
+
+        measured = primals
+        if measure is not None:
+            part, rest = split_measured(params, primals[0], measure)
+            measured = part, merge(rest, primals[1])
 
         view = tasks.GramView(
             len(losses),
-            lambda: tasks.gram(task_grads()),
+            lambda: tasks.gram(task_grads(measured)),
             lambda weights: pull_back(ones * weights.astype(ones.dtype))[0],
             lambda weights, keep: tasks.combine(
                 weights, tasks.drop_tasks(keep, task_grads())

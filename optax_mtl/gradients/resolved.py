@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, tasks
+from optax_mtl import arguments, tasks, wrappers
 from optax_mtl.gradients.backward import (
     basis_of,
     pull_back_each,
@@ -16,6 +16,7 @@ from optax_mtl.gradients.backward import (
     take_aux,
     vector_fn,
 )
+from optax_mtl.gradients.measured import measured_gram, split_measured
 from optax_mtl.gradients.own_data import own_resolved
 from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
 from optax_mtl.gradients.sharing import merge, split
@@ -30,6 +31,7 @@ def value_and_grad(
     *,
     mode: str = "gram",
     shared: Labels | None = None,
+    measure: Labels | None = None,
     own_data: bool = False,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Resolver:
@@ -63,6 +65,11 @@ def value_and_grad(
         nothing can be pushed forward.
       shared: which parameters the method resolves, as in
         :func:`value_and_task_grads`; the others get the gradient of the sum.
+      measure: of which of the shared parameters the method sees the inner products,
+        in the forms of ``shared``; the weights that it makes of them go to all. The
+        last shared layer, ``lambda path: "layer_7" in path``, takes T backward passes
+        down to that layer in the place of T through the trunk, in every mode but
+        ``"stacked"``. A task whose gradient is zero there is absent. ``None``: all.
       own_data: whether each task has data of its own, as in
         :func:`value_and_task_grads`: ``losses_fn`` returns the loss of one task, and
         all of them cost two passes over the data, the mode ``"gram"`` being the same
@@ -130,8 +137,12 @@ def value_and_grad(
         pull_back = jax.linear_transpose(push_forward, *primals)
         vector = tasks.stack_losses(losses, None)
         named, _ = take_aux(value, has_aux)
+        if measure is not None:
+            measured = split_measured(params, primals[0], measure)
 
         def compute_gram(pull_back_task=lambda _, cotangent: pull_back(cotangent)[0]):
+            if measure is not None:
+                return measured_gram(push_forward, primals, losses, measured)
             if mode == "leafwise":
                 return tasks.gram(pull_back_each(push_forward, primals, losses)[0])
             # Linearized again to leave out the heads, not to multiply them by zero.
@@ -202,12 +213,17 @@ def value_and_grad(
         mask = mask_of(params, shared, "shared")
         stacked, heads = split(updates, mask)
         shared_part, _ = split(params, mask)
-        grads, state = resolve(method, stacked, state, shared_part, losses, init_call)
+        chain = method
+        if measure is not None:
+            part, _ = split_measured(params, shared_part, measure)
+            measured = jax.tree.map(lambda _, x: x is not None, shared_part, part)
+            chain = wrappers.measure_on(method, measured)
+        grads, state = resolve(chain, stacked, state, shared_part, losses, init_call)
         return value, merge(grads, heads), state
 
     way: Callable[..., Any] = from_stacked if mode == "stacked" else from_gram
     if own_data and mode != "stacked":
-        way = own_resolved(losses_fn, method, has_aux, shared, init_call)
+        way = own_resolved(losses_fn, method, has_aux, shared, measure, init_call)
     resolver = Resolver(init, way)
     if optimizer is None:
         return resolver
