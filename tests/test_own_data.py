@@ -1,6 +1,7 @@
 """Tasks with data of their own: one loss, and arguments with a task axis."""
 
 import re
+import warnings
 from functools import cache, partial
 
 import jax
@@ -223,6 +224,137 @@ def test_sharded_over_the_task_axis(kind):
             assert_close(actual, compiled_fast(step)(PARAMS, *ARGS))
         tasks = jax.jit(value_and_task_grads(loss_fn, own_data=True))(params, *args)
     assert_close(tasks[1]["trunk"], by_hand()[1])
+
+
+MANY = 10
+NAMES = [f"task{i}" for i in range(MANY)]
+MANY_PARAMS = {"trunk": np.ones((D, D)), "heads": np.ones((MANY, D))}
+ROWS = np.ones((MANY, N, D)), np.ones((MANY, N))
+NAMED = dict.fromkeys(NAMES, ROWS[0][0]), dict.fromkeys(NAMES, ROWS[1][0])
+
+
+def of_one(params, task, x, y, activation=jax.nn.gelu):
+    z = activation(x @ params["trunk"])
+    return jnp.mean((z @ params["heads"][task] - y) ** 2)
+
+
+def by_name(loss_of):
+    return lambda params, x, y: {
+        n: loss_of(params, i, x, y) for i, n in enumerate(NAMES)
+    }
+
+
+def over_all(params, x, y):
+    numbers = jnp.arange(MANY)
+    return jax.vmap(jax.checkpoint(partial(of_one, params)))(numbers, x, y)
+
+
+def stack_of_all(params, x, y):
+    return jnp.stack([of_one(params, i, x[i], y[i]) for i in range(MANY)])
+
+
+def on_own_points(params, weights):
+    """One network at points that it makes itself, and a weight for each task."""
+    z = jnp.tanh(jnp.linspace(0, 1, N)[:, None] * params["trunk"][:1])
+    return jnp.mean((z @ params["heads"].T) ** 2, axis=0) * weights
+
+
+of_row = lambda p, i, x, y: of_one(p, i, x[i], y[i])
+of_name = lambda p, i, x, y: of_one(p, i, x[NAMES[i]], y[NAMES[i]])
+BATCH, LABELS = ROWS[0][0], ROWS[1]
+TEN = np.ones((MANY, D))  # As many examples as tasks.
+DISJOINT = {
+    "vmap": (over_all, ROWS),
+    "vmap in jit": (jax.jit(over_all), ROWS),
+    "vmap of what is closed over": (lambda p: over_all(p, *ROWS), ()),
+    "stack": (stack_of_all, ROWS),
+    "dict of data": (by_name(of_name), NAMED),
+    "dict of rows": (by_name(of_row), ROWS),
+    "one objective for each example": (
+        lambda p, x: jnp.sum(jnp.tanh(x @ p["trunk"]), axis=1),
+        (TEN,),
+    ),
+}
+NOT_DISJOINT = {
+    "one batch": (
+        lambda p, x, y: jnp.mean((x @ p["trunk"] @ p["heads"].T - y) ** 2, axis=0),
+        (TEN, np.ones((MANY, MANY))),
+    ),
+    "one batch, own labels": (
+        by_name(lambda p, i, x, y: of_one(p, i, x, y[i])),
+        (BATCH, LABELS),
+    ),
+    "one batch, own labels, vmap": (
+        lambda p, x, y: over_all(p, jnp.broadcast_to(x, (MANY, N, D)), y),
+        (BATCH, LABELS),
+    ),
+    "a batch that is closed over": (
+        by_name(lambda p, i, x, y: jax.jit(partial(of_one, p, i, BATCH))(y[i])),
+        ROWS,
+    ),
+    "the next task's data": (
+        by_name(lambda p, i, x, y: of_row(p, i, x, y) + of_row(p, (i + 1) % 10, x, y)),
+        ROWS,
+    ),
+    "the next task's data, vmap": (
+        lambda p, x, y: over_all(p, x, jnp.roll(y, 1, axis=0)),
+        ROWS,
+    ),
+    "different losses": (
+        by_name(
+            lambda p, i, x, y: of_one(
+                p, i, x[i], y[i], jnp.tanh if i == 3 else jax.nn.gelu
+            )
+        ),
+        ROWS,
+    ),
+    "examples that are compared": (
+        lambda p, x: jax.nn.logsumexp(x @ p["trunk"] @ x.T, axis=1),
+        (TEN,),
+    ),
+    "statistics of the batch": (
+        lambda p, x: jnp.sum(jnp.tanh((x - x.mean(0, keepdims=True)) @ p["trunk"]), 1),
+        (TEN,),
+    ),
+    "points of its own": (on_own_points, (np.ones(MANY),)),
+    "few tasks": (lambda p, x, y: over_all(p, x, y)[:8], ROWS),
+    "named, few tasks": (
+        lambda p, x, y: dict(list(by_name(of_row)(p, x, y).items())[:8]),
+        ROWS,
+    ),
+}
+
+
+def shapes_of_step(losses_fn, args, way):
+    fn = value_and_task_grads(losses_fn)
+    if way != "stacked":
+        resolve = value_and_grad(losses_fn, optax_mtl.mgda(), mode=way)
+        fn = lambda params, *args: resolve(params, (), *args)
+    return jax.eval_shape(fn, MANY_PARAMS, *args)
+
+
+@pytest.mark.parametrize("way", ["stacked", "leafwise", "gram"])
+@pytest.mark.parametrize("case", DISJOINT)
+def test_disjoint_data_are_pointed_at_the_argument(case, way):
+    losses_fn, args = DISJOINT[case]
+    with pytest.warns(UserWarning, match="10 tasks share no data.*own_data=True") as w:
+        shapes_of_step(losses_fn, args, way)
+    assert len(w) == 1
+
+
+@pytest.mark.parametrize("case", NOT_DISJOINT)
+def test_no_false_alarm(case):
+    losses_fn, args = NOT_DISJOINT[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shapes_of_step(losses_fn, args, "stacked")
+
+
+def test_no_word_where_one_pass_suffices():
+    fn = value_and_grad(over_all, optax_mtl.linear())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.eval_shape(fn, MANY_PARAMS, (), *ROWS)
 
 
 vector = lambda params, task, x, y, mask: (x @ params["trunk"]).sum(axis=1)

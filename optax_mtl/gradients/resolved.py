@@ -16,6 +16,7 @@ from optax_mtl.gradients.backward import (
     take_aux,
     vector_fn,
 )
+from optax_mtl.gradients.disjoint import warn_of_own_data
 from optax_mtl.gradients.measured import measured_gram, split_measured
 from optax_mtl.gradients.own_data import own_resolved
 from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
@@ -143,6 +144,8 @@ def value_and_grad(
         def compute_gram(pull_back_task=lambda _, cotangent: pull_back(cotangent)[0]):
             if measure is not None:
                 return measured_gram(push_forward, primals, losses, measured)
+            if not isinstance(losses, list):
+                warn_of_own_data(losses_fn, has_aux, params, args, kwargs, len(vector))
             if mode == "leafwise":
                 return tasks.gram(pull_back_each(push_forward, primals, losses)[0])
             # Linearized again to leave out the heads, not to multiply them by zero.

@@ -13,6 +13,7 @@ from optax_mtl.gradients.backward import (
     pull_back_each,
     vector_fn,
 )
+from optax_mtl.gradients.disjoint import warn_of_own_data
 from optax_mtl.gradients.own_data import own_task_grads
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels
@@ -99,6 +100,8 @@ def value_and_task_grads(
         losses_of = vector_fn(losses_fn, has_aux, args, kwargs)
         losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
         pull_back = jax.linear_transpose(push_forward, *primals)
+        if not isinstance(losses, list):
+            warn_of_own_data(losses_fn, has_aux, params, args, kwargs, len(losses))
         if sequential:
             updates = jax.lax.map(
                 lambda cotangent: pull_back(cotangent)[0], basis_of(losses)
