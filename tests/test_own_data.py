@@ -178,6 +178,19 @@ def test_costs_of_plain_steps(num_tasks):
     assert temporary_memory(step(resolve), params, *args) <= 1.1 * most
 
 
+def test_sequential_takes_the_memory_of_one_task():
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    count, size, batch = 50, 64, 512
+    params = {"trunk": [shape(size, size)] * 2, "heads": shape(count, size, 2)}
+    numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
+    args = numbers, shape(count, batch, size), shape(count, batch, 2)
+    fn = value_and_task_grads(
+        mlp_loss, own_data=True, shared=lambda path: "trunk" in path, sequential=True
+    )
+    activations = 4 * count * batch * size
+    assert temporary_memory(fn, params, *args) < 0.2 * activations
+
+
 def labelled(task, x, y, mask):
     return mask.sum()
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import tasks
+from optax_mtl import base, tasks
 from optax_mtl.gradients.backward import take_aux, vector_fn
 from optax_mtl.gradients.measured import split_measured
 from optax_mtl.gradients.resolver import resolve
@@ -30,11 +30,26 @@ def own_task_grads(
 ) -> Callable[..., tuple[Any, optax.Updates]]:
     """What :func:`value_and_task_grads` makes with ``own_data``."""
 
+    def one_by_one(primals, args, kwargs):
+        """The memory of one task at a time."""
+        loss_of = _of_one(loss_fn, has_aux, kwargs)
+        of_parts = lambda *parts, args: loss_of(merge(*parts), *args)
+        grad = jax.grad(of_parts, (0, 1), has_aux=True)
+
+        def add(total, args):
+            (updates, heads), value = grad(*primals, args=args)
+            return optax.tree.add(total, heads), (value, updates)
+
+        zeros = base.zeros_like(primals[1])
+        heads, (value, updates) = jax.lax.scan(add, zeros, args)
+        return value, merge(updates, heads)
+
     def fn(params, *args, **kwargs):
+        count_tasks(args)
         primals = split(params, shared)
-        value, updates = own_gradients(
-            loss_fn, has_aux, primals, args, kwargs, sequential
-        )
+        if sequential:
+            return one_by_one(primals, args, kwargs)
+        value, updates = own_gradients(loss_fn, has_aux, primals, args, kwargs)
         heads = primals[1]
         if jax.tree.leaves(heads):
             losses_of = vector_fn(own_losses(loss_fn, has_aux), has_aux, args, kwargs)
@@ -92,8 +107,8 @@ def own_losses(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]
 
     def losses_fn(params, *args, **kwargs):
         count_tasks(args)
-        loss_of = lambda args: _value_of_one(loss_fn, has_aux, params, args, kwargs)
-        return jax.vmap(loss_of)(args)
+        loss_of = _of_one(loss_fn, has_aux, kwargs)
+        return jax.vmap(lambda args: loss_of(params, *args)[1])(args)
 
     return losses_fn
 
@@ -104,35 +119,33 @@ def own_gradients(
     primals: tuple[Any, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    sequential: bool = False,
 ) -> tuple[Any, optax.Updates]:
     """What ``loss_fn`` returned, and the gradients of the shared part, both stacked."""
     count_tasks(args)
     shared_part, heads = primals
-
-    def loss_of(shared_part, args):
-        params = merge(shared_part, heads)
-        value = _value_of_one(loss_fn, has_aux, params, args, kwargs)
-        return take_aux(value, has_aux)[0], value
-
-    grad = jax.grad(loss_of, has_aux=True)
-    each = lambda args: grad(shared_part, args)
-    updates, value = jax.lax.map(each, args) if sequential else jax.vmap(each)(args)
+    loss_of = _of_one(loss_fn, has_aux, kwargs)
+    of_shared = lambda part, args: loss_of(merge(part, heads), *args)
+    grad = jax.grad(of_shared, has_aux=True)
+    updates, value = jax.vmap(lambda args: grad(shared_part, args))(args)
     return value, updates
 
 
-def _value_of_one(loss_fn, has_aux, params, args, kwargs):
-    """What ``loss_fn`` returns for the data of one task."""
-    value = loss_fn(params, *args, **kwargs)
-    loss, _ = take_aux(value, has_aux)
-    if not jax.tree_util.all_leaves([loss]) or jnp.ndim(loss):
-        raise ValueError(
-            "with own_data=True, losses_fn sees the data of one task, without the"
-            " task axis, and returns its loss, one number, but returned shapes"
-            f" {jax.tree.map(jnp.shape, loss)}; average the loss over the examples"
-            " (where tasks share a batch, leave own_data out)"
-        )
-    return value
+def _of_one(loss_fn, has_aux, kwargs):
+    """Function of the parameters and the data of one task to its loss."""
+
+    def loss_of(params, *args):
+        value = loss_fn(params, *args, **kwargs)
+        loss, _ = take_aux(value, has_aux)
+        if not jax.tree_util.all_leaves([loss]) or jnp.ndim(loss):
+            raise ValueError(
+                "with own_data=True, losses_fn sees the data of one task, without the"
+                " task axis, and returns its loss, one number, but returned shapes"
+                f" {jax.tree.map(jnp.shape, loss)}; average the loss over the examples"
+                " (where tasks share a batch, leave own_data out)"
+            )
+        return loss, value
+
+    return loss_of
 
 
 def count_tasks(args: tuple[Any, ...]) -> int:
