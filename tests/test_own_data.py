@@ -279,7 +279,6 @@ TEN = np.ones((MANY, D))  # As many examples as tasks.
 DISJOINT = {
     "vmap": (over_all, ROWS),
     "vmap in jit": (jax.jit(over_all), ROWS),
-    "vmap of what is closed over": (lambda p: over_all(p, *ROWS), ()),
     "stack": (stack_of_all, ROWS),
     "dict of data": (by_name(of_name), NAMED),
     "dict of rows": (by_name(of_row), ROWS),
@@ -301,6 +300,7 @@ NOT_DISJOINT = {
         lambda p, x, y: over_all(p, jnp.broadcast_to(x, (MANY, N, D)), y),
         (BATCH, LABELS),
     ),
+    "nothing but what is closed over": (lambda p: over_all(p, *ROWS), ()),
     "a batch that is closed over": (
         by_name(lambda p, i, x, y: jax.jit(partial(of_one, p, i, BATCH))(y[i])),
         ROWS,

@@ -25,7 +25,7 @@ _REDUCTIONS = frozenset(
 )
 # Without data it serves all tasks, as that on points which losses_fn makes itself.
 _WORK = frozenset("conv_general_dilated dot_general scan threefry2x32 while".split())
-_CLOSED_OVER = "closed over"  # Data that losses_fn does not get as arguments.
+_CLOSED_OVER = "closed over"  # Whatever losses_fn does not get as an argument.
 _CALLS = frozenset(
     "checkpoint closed_call custom_jvp_call custom_vjp_call jit pjit remat2".split()
 )
@@ -60,8 +60,6 @@ def warn_of_own_data(
     inputs = {x: _Seen(form=hash(x.aval.shape)) for x in jaxpr.invars[:count]}
     for name, x in enumerate(jaxpr.invars[count:]):
         inputs[x] = _data(x, name, num_tasks)
-    for x in jaxpr.constvars:
-        inputs[x] = _data(x, _CLOSED_OVER, num_tasks)
     outputs = _follow(jaxpr, inputs, num_tasks)
     rows = outputs[0] if len(outputs) == 1 else outputs
     if _are_disjoint(rows, num_tasks):
