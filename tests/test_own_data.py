@@ -153,6 +153,31 @@ def sum_of_losses(params, *args):
     return jax.vmap(partial(mlp_loss, params))(*args).sum()
 
 
+def scanned_loss(params, task, x, y):
+    z, _ = jax.lax.scan(lambda z, w: (jnp.tanh(z @ w), None), x, params["trunk"])
+    return jnp.mean((z @ params["heads"][task] - y) ** 2)
+
+
+@pytest.mark.parametrize("width", [2, 4096])
+def test_heads_cost_nothing_more(width):
+    """Not a second pass through a scanned trunk, nor T gradients of all large heads."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    count, size, batch = 10, 64, 64
+    trunk, loss = ([shape(size, size)] * 4, mlp_loss)
+    if width == 2:
+        trunk, loss = shape(4, size, size), scanned_loss
+    params = {"trunk": trunk, "heads": shape(count, size, width)}
+    numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
+    args = numbers, shape(count, batch, size), shape(count, batch, width)
+    total = lambda params, *args: jax.vmap(partial(loss, params))(*args).sum()
+    plain = jax.value_and_grad(total)
+    shared = lambda path: "trunk" in path
+    fn = value_and_task_grads(loss, own_data=True, shared=shared)
+    assert flops(fn, params, *args) <= 1.15 * flops(plain, params, *args)
+    memory = temporary_memory(plain, params, *args) + 4 * 4 * count * size**2
+    assert temporary_memory(fn, params, *args) <= 1.1 * memory
+
+
 @pytest.mark.parametrize("num_tasks", [10, 50])
 def test_costs_of_plain_steps(num_tasks):
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)

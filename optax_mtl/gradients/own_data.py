@@ -19,7 +19,7 @@ from optax_mtl.gradients.backward import take_aux, vector_fn
 from optax_mtl.gradients.measured import split_measured
 from optax_mtl.gradients.resolver import resolve
 from optax_mtl.gradients.sharing import merge, split
-from optax_mtl.labels import Labels
+from optax_mtl.labels import Labels, mask_of
 
 
 def own_task_grads(
@@ -49,13 +49,19 @@ def own_task_grads(
         primals = split(params, shared)
         if sequential:
             return one_by_one(primals, args, kwargs)
-        value, updates = own_gradients(loss_fn, has_aux, primals, args, kwargs)
-        heads = primals[1]
-        if jax.tree.leaves(heads):
+        size = lambda tree: sum(map(jnp.size, jax.tree.leaves(tree)))
+        if size(primals[1]) > size(primals[0]):
+            # T gradients of such heads would take more memory than all others: the sum
+            # of the losses is differentiated for them. XLA merges the forward passes,
+            # scans excepted.
+            value, updates = own_gradients(loss_fn, has_aux, primals, args, kwargs)
             losses_of = vector_fn(own_losses(loss_fn, has_aux), has_aux, args, kwargs)
             losses, pull_back, _ = jax.vjp(losses_of, *primals, has_aux=True)
-            heads = pull_back(jnp.ones_like(losses))[1]
-        return value, merge(updates, heads)
+            return value, merge(updates, pull_back(jnp.ones_like(losses))[1])
+        everything = params, jax.tree.map(lambda _: None, params)
+        value, updates = own_gradients(loss_fn, has_aux, everything, args, kwargs)
+        stacked, heads = split(updates, mask_of(params, shared, "shared"))
+        return value, merge(stacked, jax.tree.map(lambda g: g.sum(axis=0), heads))
 
     return fn
 
