@@ -153,8 +153,11 @@ def make_steps(num_tasks, trunk_fn, heads_fn, tx):
         "stacked": stacked(),
         "stacked, sequential": stacked(sequential=True),
         "leafwise": resolved(losses_fn, by_gram, mode="leafwise"),
-        "Gram only": resolved(losses_fn, by_gram),
-        "Gram only, jax.checkpoint": resolved(jax.checkpoint(losses_fn), by_gram),
+        "auto": resolved(losses_fn, by_gram),
+        "Gram only": resolved(losses_fn, by_gram, mode="gram"),
+        "Gram only, jax.checkpoint": resolved(
+            jax.checkpoint(losses_fn), by_gram, mode="gram"
+        ),
         "at features": (
             optax_mtl.value_and_grad_at_features(trunk_fn, heads_fn, by_gram),
             by_gram,  # Without a state that would have the size of the features.

@@ -272,9 +272,9 @@ for name, curve in curves.items():
 # ## When memory matters
 #
 # A method that reads only the Gram matrix does not need the T gradients at all.
-# `value_and_grad` measures the matrix by one pull-back and one push-forward per task,
-# and then makes a single pull-back with the weights. The result is the same, and the
-# memory does not grow with T.
+# With `mode="gram"`, `value_and_grad` measures the matrix by one pull-back and one
+# push-forward per task, and then makes a single pull-back with the weights. The result
+# is the same, and the memory does not grow with T.
 
 # %%
 method = optax_mtl.cagrad()
@@ -282,7 +282,7 @@ batch = sample(jax.random.key(3), train, BATCH_SIZE)
 losses, grads = optax_mtl.value_and_task_grads(task_losses)(params, batch)
 stacked, _ = method.update(grads, method.init(params))
 
-small = optax_mtl.value_and_grad(task_losses, method)
+small = optax_mtl.value_and_grad(task_losses, method, mode="gram")
 losses, lean, _ = small(params, small.init(params), batch)
 difference = optax.tree.norm(optax.tree.sub(stacked, lean)) / optax.tree.norm(stacked)
 print(f"relative difference: {difference:.1e}")

@@ -93,7 +93,7 @@ def value_and_grad(
     *,
     wrt: nnx.filterlib.Filter = nnx.Param,
     shared: Labels | nnx.filterlib.Filter | None = None,
-    mode: str = "gram",
+    mode: str = "auto",
     optimizer: optax.GradientTransformation | None = None,
 ) -> Resolver:
     r"""Makes a function that returns the losses and the resolved gradient.
@@ -109,7 +109,7 @@ def value_and_grad(
       wrt: as in :func:`value_and_task_grads`.
       shared: which parameters the method resolves, as there; the others get the
         gradient of the sum.
-      mode: ``"gram"``, ``"leafwise"`` or ``"stacked"``, as in
+      mode: ``"auto"``, ``"gram"``, ``"leafwise"`` or ``"stacked"``, as in
         :func:`optax_mtl.value_and_grad`.
       optimizer: makes updates of all parameters out of the gradient, as there. One
         state then holds what the method and what the optimizer keep, and there is no

@@ -19,6 +19,10 @@ from optax_mtl import report
 _BLOCK_ELEMENTS, _MAX_IN_ONE_PIECE = 2**18, 2**21
 
 
+class NeedsTaskGrads(TypeError):
+    """Gradients are read where only their Gram matrix is known."""
+
+
 class GramView:
     """Task gradients that are known only through their Gram matrix.
 
@@ -70,7 +74,7 @@ class GramView:
 
     def refuse(self, reader: str = "this chain") -> NoReturn:
         """Raises the error that names the way to the gradients themselves."""
-        raise TypeError(
+        raise NeedsTaskGrads(
             f"{reader} reads the task gradients themselves, but only their Gram matrix"
             " is known here: a chain begins with a method whose row in"
             " optax_mtl.METHODS reads 'gram' or 'losses', and nothing in front of it"

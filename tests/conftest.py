@@ -1,5 +1,6 @@
 """Eight CPU devices, a compilation cache and strict shapes for all tests."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -18,13 +19,21 @@ if importlib.metadata.version("jaxlib") < "0.11":
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     )
 
-import jax
+# The number of programs decides the time of the tests, so small ones are kept, too. The
+# notebooks, processes of their own, share the cache.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
-# The number of programs decides the time of the tests, so small ones are kept, too.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_finish():
+    """Tracing makes many small objects: what is there already is not searched again."""
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)

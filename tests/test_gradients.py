@@ -145,15 +145,18 @@ def test_gram_suffices(name):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_elementwise_methods_are_refused_with_a_remedy(name):
+def test_elementwise_methods_take_the_stacked_way_alone(name):
     method = optax_mtl.get(name, T)
     params = make_params()
-    fn = optax_mtl.value_and_grad(losses_fn, method)
-    with pytest.raises(TypeError, match="value_and_task_grads"):
-        jax.eval_shape(fn, params, method.init(params), INPUTS, TARGETS)
-    fn = optax_mtl.value_and_grad(losses_fn, method, mode="stacked")
-    _, grads, _ = jax.eval_shape(fn, params, method.init(params), INPUTS, TARGETS)
-    jax.tree.map(lambda g, p: np.testing.assert_equal(g.shape, p.shape), grads, params)
+    for mode in "gram", "leafwise":
+        fn = optax_mtl.value_and_grad(losses_fn, method, mode=mode)
+        with pytest.raises(TypeError, match="value_and_task_grads"):
+            jax.eval_shape(fn, params, method.init(params), INPUTS, TARGETS)
+    for mode in "auto", "stacked":
+        fn = optax_mtl.value_and_grad(losses_fn, method, mode=mode)
+        _, grads, _ = jax.eval_shape(fn, params, method.init(params), INPUTS, TARGETS)
+        same_shape = lambda g, p: np.testing.assert_equal(g.shape, p.shape)
+        jax.tree.map(same_shape, grads, params)
 
 
 @pytest.mark.parametrize("name", BY_LOSSES)
@@ -172,7 +175,7 @@ def test_memory_does_not_grow_with_the_number_of_tasks():
     for num_tasks in (4, 32):
         params = make_params(width=256, num_tasks=num_tasks)
         batch = jnp.ones((256, 8)), jnp.zeros((256, num_tasks))
-        fn = optax_mtl.value_and_grad(losses_fn, method, shared=shared)
+        fn = optax_mtl.value_and_grad(losses_fn, method, mode="gram", shared=shared)
         memory[num_tasks] = temporary_memory(fn, params, (), *batch)
     of_sum = jax.value_and_grad(lambda *args: losses_fn(*args).sum())
     plain = temporary_memory(of_sum, params, *batch)
@@ -211,7 +214,9 @@ def test_memory_of_heads_does_not_grow_with_the_number_of_tasks():
     task_grads = optax_mtl.value_and_task_grads(
         decoder_losses, shared=mask, sequential=True
     )
-    resolve = optax_mtl.value_and_grad(decoder_losses, optax_mtl.cagrad(), shared=mask)
+    resolve = optax_mtl.value_and_grad(
+        decoder_losses, optax_mtl.cagrad(), mode="gram", shared=mask
+    )
     for fn in (task_grads, lambda params, *args: resolve(params, (), *args)):
         extra = [
             temporary_memory(fn, params, INPUTS, jnp.ones((16, num_tasks)))
@@ -541,11 +546,13 @@ def test_models_with_a_custom_vjp():
         custom, method, **kwargs
     )(params, method.init(params), INPUTS, TARGETS)
     with pytest.raises(TypeError, match="mode='leafwise'"):
-        resolve(optax_mtl.cagrad())
-    resolve(optax_mtl.dwa(T))  # Nothing is pushed forward.
+        resolve(optax_mtl.cagrad(), mode="gram")
+    resolve(optax_mtl.dwa(T), mode="gram")  # Nothing is pushed forward.
+    _, auto, _ = resolve(optax_mtl.cagrad())
     _, leafwise, _ = resolve(optax_mtl.cagrad(), mode="leafwise")
     _, stacked, _ = resolve(optax_mtl.cagrad(), mode="stacked")
     assert_close(leafwise, stacked, 1e-4)
+    assert_close(auto, stacked, 1e-4)
 
 
 BAD_LOSSES = {
@@ -586,8 +593,8 @@ def test_other_bad_input_is_refused_with_a_remedy():
     fn = optax_mtl.value_and_grad(vector_fn, method)
     with pytest.raises(ValueError, match="num_tasks=2"):
         fn({"w": jnp.ones(2)}, method.init(params))
-    with pytest.raises(ValueError, match="'gram', 'leafwise' or 'stacked'"):
+    with pytest.raises(ValueError, match="'auto', 'gram', 'leafwise' or 'stacked'"):
         optax_mtl.value_and_grad(vector_fn, method, mode="exact")
-    fn = optax_mtl.value_and_grad(vector_fn, optax.identity())
+    fn = optax_mtl.value_and_grad(vector_fn, optax.identity(), mode="gram")
     with pytest.raises(TypeError, match="no method that consumes"):
         fn({"w": jnp.ones(2)}, ())

@@ -22,7 +22,7 @@ X = RNG.normal(size=(N, D)).astype(np.float32)
 Y = RNG.normal(size=(N, 2)).astype(np.float32)
 SHARED = lambda path: "trunk" in path
 LAST = lambda path: path == f"trunk/{L - 1}"
-MODES = ("gram", "leafwise", "stacked")
+MODES = ("auto", "gram", "leafwise", "stacked")
 
 
 def trunk_fn(params, x):
@@ -83,7 +83,7 @@ def test_weights_of_the_last_layer_for_all(losses_fn, mode, expected):
     assert_close(jnp.stack(jax.tree.leaves(losses)).ravel(), expected[0])
 
 
-@pytest.mark.parametrize("mode", ["leafwise", "stacked"])
+@pytest.mark.parametrize("mode", ["auto", "leafwise", "stacked"])
 def test_with_data_of_their_own(mode, expected):
     args = np.arange(2), np.stack([X, X]), Y.T
     options = {"mode": mode, "shared": SHARED, "measure": LAST, "own_data": True}
@@ -190,6 +190,10 @@ MESSAGES = {
     ),
     "a method that reads gradients": (
         lambda: gradient_reader(measure=LAST, mode="stacked"),
+        "reads the task gradients themselves",
+    ),
+    "a method that reads gradients, as it comes": (
+        lambda: gradient_reader(measure=LAST),
         "reads the task gradients themselves",
     ),
     "measure_on nothing": (

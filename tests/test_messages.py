@@ -54,7 +54,7 @@ own_heads = lambda p, z: p["heads"] * z.sum()
 
 MESSAGES = {
     "per_group in Gram mode": (
-        lambda: resolve(optax_mtl.per_group(upgrad(), by_path)),
+        lambda: resolve(optax_mtl.per_group(upgrad(), by_path), mode="gram"),
         "per_group measures one Gram matrix for each group.*mode='stacked'",
     ),
     "per_task in Gram mode": (
@@ -65,19 +65,19 @@ MESSAGES = {
         "per_task reads the task gradients.*mode='stacked'",
     ),
     "apply_if_finite in Gram mode": (
-        lambda: resolve(optax_mtl.apply_if_finite(CHAIN, 3)),
+        lambda: resolve(optax_mtl.apply_if_finite(CHAIN, 3), mode="gram"),
         "optax.apply_if_finite after the method.*mode='stacked'",
     ),
     "multi_steps in Gram mode": (
-        lambda: resolve(optax_mtl.multi_steps(CHAIN, 2, T)),
+        lambda: resolve(optax_mtl.multi_steps(CHAIN, 2, T), mode="gram"),
         "multi_steps, which accumulates.*mode='stacked'",
     ),
     "partition in Gram mode": (
-        lambda: resolve(optax.partition({"on": upgrad()}, labels)),
+        lambda: resolve(optax.partition({"on": upgrad()}, labels), mode="gram"),
         "nothing in front of it or around it.*mode='stacked'",
     ),
     "no method in Gram mode": (
-        lambda: resolve(optax.identity()),
+        lambda: resolve(optax.identity(), mode="gram"),
         "no method that consumes the task axis",
     ),
     "no method": (

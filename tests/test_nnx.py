@@ -366,7 +366,7 @@ def misuse():
         "no mode": (
             lambda: optax_mtl.nnx.value_and_grad(losses_fn, None, mode="fast"),
             ValueError,
-            "mode should be 'gram', 'leafwise' or 'stacked', not 'fast'",
+            "mode is 'fast'; it should be 'auto', 'gram', 'leafwise' or 'stacked'",
         ),
     }
 

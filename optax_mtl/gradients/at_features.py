@@ -10,7 +10,6 @@ import optax
 
 from optax_mtl import arguments, tasks
 from optax_mtl.gradients.backward import (
-    MAX_WRITTEN_OUT_HEADS,
     pull_back_each,
     separate_losses,
     take_aux,
@@ -115,7 +114,7 @@ def value_and_grad_at_features(
         def losses_of(params, features):
             value = heads_fn(params, features, *args, **kwargs)
             losses, _ = take_aux(value, has_aux, "heads_fn")
-            return separate_losses(losses, MAX_WRITTEN_OUT_HEADS), value
+            return separate_losses(losses), value
 
         primals = (params, features)
         losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)

@@ -10,8 +10,11 @@ import optax
 from optax_mtl import tasks
 from optax_mtl.gradients.sharing import merge
 
-# More tasks than these are batched or run in a loop, for the sake of compile time.
-MAX_WRITTEN_OUT, MAX_WRITTEN_OUT_HEADS = 8, 64
+# Equations of the backward passes that are written out one beside the other, for the
+# sake of compile time; beyond, several tasks share a pass.
+MAX_EQUATIONS = 6000
+# Named losses, up to so many, of which those that are not finite are left out.
+MAX_APART = 8
 
 
 def vector_fn(losses_fn, has_aux, args, kwargs):
@@ -20,15 +23,15 @@ def vector_fn(losses_fn, has_aux, args, kwargs):
     def losses_of(shared_part, heads):
         value = losses_fn(merge(shared_part, heads), *args, **kwargs)
         losses, _ = take_aux(value, has_aux)
-        return separate_losses(losses, MAX_WRITTEN_OUT), value
+        return separate_losses(losses), value
 
     return losses_of
 
 
-def separate_losses(losses: Any, limit: int) -> jax.Array | list[jax.Array]:
-    """A list of named losses, up to a limit, otherwise a vector."""
+def separate_losses(losses: Any) -> jax.Array | list[jax.Array]:
+    """A list of named losses, or a vector."""
     vector = stack_task_losses(losses)
-    if hasattr(losses, "shape") or len(vector) > limit:
+    if hasattr(losses, "shape"):
         return vector
     return [x.astype(vector.dtype) for x in map(jnp.asarray, jax.tree.leaves(losses))]
 
@@ -42,14 +45,39 @@ def basis_of(losses):
 
 def pull_back_each(push_forward, primals, losses):
     """Stacked gradients of all losses with respect to all arguments."""
-    basis = basis_of(losses)
     if not isinstance(losses, list):
-        return jax.vmap(jax.linear_transpose(push_forward, *primals))(basis)
-    rows = [
-        pull_back_one(push_forward, primals, task, basis[task][task])
-        for task in range(len(losses))
-    ]
-    return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
+        pull_back = jax.linear_transpose(push_forward, *primals)
+        return jax.vmap(pull_back)(basis_of(losses))
+    # Tasks that share a pass run through the heads of all of them, and convolutions
+    # of several at once are slow: as few as the compiler can bear.
+    cotangent = jnp.ones_like(losses[0])
+    one = lambda x: pull_back_one(push_forward, primals, 0, x)
+    equations = _count_equations(jax.make_jaxpr(one)(cotangent))
+    num_passes = min(len(losses), max(MAX_EQUATIONS // equations, 1))
+    blocks = np.array_split(np.arange(len(losses)), num_passes)
+    blocks = [_pull_back_block(push_forward, primals, losses, x) for x in blocks]
+    return jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *blocks)
+
+
+def _pull_back_block(push_forward, primals, losses, block):
+    """Stacked gradients of some of a list of losses, in one pass."""
+    first, last = block[0], block[-1]
+    if first == last:
+        gradient = pull_back_one(
+            push_forward, primals, first, jnp.ones_like(losses[first])
+        )
+        return jax.tree.map(lambda x: x[None], gradient)
+    some = lambda *tangents: push_forward(*tangents)[first : last + 1]
+    pull_back = jax.linear_transpose(some, *primals)
+    return jax.vmap(pull_back)(basis_of(losses[first : last + 1]))
+
+
+def _count_equations(jaxpr):
+    """Equations of a program, those of its parts included."""
+    if not hasattr(jaxpr, "eqns"):
+        return 0
+    parts = [jax.tree.leaves(list(eqn.params.values())) for eqn in jaxpr.eqns]
+    return len(parts) + sum(_count_equations(x) for part in parts for x in part)
 
 
 def pull_back_one(push_forward, primals, task, cotangent):

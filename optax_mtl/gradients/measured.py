@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_mtl import tasks
+from optax_mtl import tasks, wrappers
 from optax_mtl.gradients.backward import pull_back_each
 from optax_mtl.gradients.sharing import merge
 from optax_mtl.labels import Labels, mask_of
@@ -60,3 +60,11 @@ def measured_gram(push_forward, primals, losses, measured):
     # Linearized again to leave out the rest, not to multiply it by zero.
     _, push_part = jax.linearize(lambda x: push_forward(merge(x, rest), heads), part)
     return tasks.gram(pull_back_each(push_part, (part,), losses)[0])
+
+
+def measure_on_part(method, part, rest):
+    """The method for the stacked gradients of both parts."""
+    mask = merge(
+        jax.tree.map(lambda _: True, part), jax.tree.map(lambda _: False, rest)
+    )
+    return wrappers.measure_on(method, mask)

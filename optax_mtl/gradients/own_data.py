@@ -16,7 +16,7 @@ import optax
 
 from optax_mtl import base, tasks
 from optax_mtl.gradients.backward import take_aux, vector_fn
-from optax_mtl.gradients.measured import split_measured
+from optax_mtl.gradients.measured import measure_on_part, split_measured
 from optax_mtl.gradients.resolver import resolve
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels, mask_of
@@ -70,23 +70,38 @@ def own_resolved(
     loss_fn: Callable[..., Any],
     method: optax.GradientTransformationExtraArgs,
     has_aux: bool,
+    mode: str,
+    are_few: Callable[[int, optax.Params], bool],
     shared: Labels | None,
     measure: Labels | None,
     init_call: str,
 ) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
-    """What :func:`value_and_grad` makes with ``own_data``, unless stacked.
+    """What :func:`value_and_grad` makes with ``own_data``.
 
     The Gram matrix comes from the gradients of all tasks, of which the compiler frees
-    one leaf after the other; one backward pass of the weighted losses follows.
+    one leaf after the other; one backward pass of the weighted losses follows. With
+    few gradients, ``"auto"`` holds them instead.
     """
+    task_grads = own_task_grads(loss_fn, has_aux, shared, sequential=False)
 
-    def fn(params, state, *args, **kwargs):
+    def resolve_all(params, state, *args, **kwargs):
+        value, updates = task_grads(params, *args, **kwargs)
+        stacked, heads = split(updates, mask_of(params, shared, "shared"))
+        like, _ = split(params, shared)
+        chain = method
+        if measure is not None:
+            chain = measure_on_part(method, *split_measured(params, like, measure))
+        losses, _ = take_aux(value, has_aux)
+        grads, state = resolve(chain, stacked, state, like, losses, init_call)
+        return value, merge(grads, heads), state
+
+    def resolve_leafwise(params, state, *args, **kwargs):
         primals = split(params, shared)
         losses_of = vector_fn(own_losses(loss_fn, has_aux), has_aux, args, kwargs)
         losses, pull_back, value = jax.vjp(losses_of, *primals, has_aux=True)
         ones = jnp.ones_like(losses)  # Sharded as the losses are.
 
-        def task_grads(primals=primals):
+        def gradients(primals=primals):
             return own_gradients(loss_fn, has_aux, primals, args, kwargs)[1]
 
         measured = primals
@@ -96,14 +111,25 @@ def own_resolved(
 
         view = tasks.GramView(
             len(losses),
-            lambda: tasks.gram(task_grads(measured)),
+            lambda: tasks.gram(gradients(measured)),
             lambda weights: pull_back(ones * weights.astype(ones.dtype))[0],
             lambda weights, keep: tasks.combine(
-                weights, tasks.drop_tasks(keep, task_grads())
+                weights, tasks.drop_tasks(keep, gradients())
             ),
         )
         grads, state = resolve(method, view, state, primals[0], losses, init_call)
         return value, merge(grads, pull_back(ones)[1]), state
+
+    def fn(params, state, *args, **kwargs):
+        few = are_few(count_tasks(args), split(params, shared)[0])
+        if mode == "stacked" or (mode == "auto" and few and measure is None):
+            return resolve_all(params, state, *args, **kwargs)
+        try:
+            return resolve_leafwise(params, state, *args, **kwargs)
+        except tasks.NeedsTaskGrads:
+            if mode != "auto":
+                raise
+            return resolve_all(params, state, *args, **kwargs)
 
     return fn
 

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import get_opaque_trace_state
 
-from optax_mtl import arguments, tasks, wrappers
+from optax_mtl import arguments, tasks
 from optax_mtl.gradients.backward import (
+    MAX_APART,
     basis_of,
     pull_back_each,
     pull_back_one,
@@ -17,12 +19,18 @@ from optax_mtl.gradients.backward import (
     vector_fn,
 )
 from optax_mtl.gradients.disjoint import warn_of_own_data
-from optax_mtl.gradients.measured import measured_gram, split_measured
+from optax_mtl.gradients.measured import (
+    measure_on_part,
+    measured_gram,
+    split_measured,
+)
 from optax_mtl.gradients.own_data import own_resolved
 from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
 from optax_mtl.gradients.sharing import merge, split
-from optax_mtl.gradients.stacked import value_and_task_grads
-from optax_mtl.labels import Labels, mask_of
+from optax_mtl.labels import Labels
+
+# So many gradients of all tasks are kept by mode="auto", to save a backward pass.
+MAX_KEPT_TASKS, MAX_KEPT_BYTES = 6, 2**28
 
 
 def value_and_grad(
@@ -30,7 +38,7 @@ def value_and_grad(
     method: optax.GradientTransformation,
     has_aux: bool = False,
     *,
-    mode: str = "gram",
+    mode: str = "auto",
     shared: Labels | None = None,
     measure: Labels | None = None,
     own_data: bool = False,
@@ -40,13 +48,11 @@ def value_and_grad(
 
     .. math::
 
-      G e_i = J (J^\top e_i), \qquad d = J^\top w(G),
+      d = J^\top w(J J^\top),
 
-    where :math:`J` is the Jacobian of the losses: for each task, one pull-back and
-    one push-forward of its result give a column of the Gram matrix; one pull-back
-    of the weights gives the update. No more than one gradient is held at a time,
-    so that memory does not grow with T. A method that reads the losses alone takes
-    one backward pass in all.
+    where :math:`J` is the Jacobian of the losses. A method that reads the losses alone
+    takes one backward pass in all; one that reads the Gram matrix
+    :math:`J J^\top` never holds more of :math:`J` than its mode says.
 
     Args:
       losses_fn: as in :func:`value_and_task_grads`.
@@ -56,13 +62,19 @@ def value_and_grad(
       has_aux: whether ``losses_fn`` returns a pair, losses and auxiliary data.
       mode: how to get there; the result is the same.
 
-        - ``"gram"``: as above.
+        - ``"auto"``: the gradients of all tasks where the method reads gradients, and
+          where they are few and small (6 tasks, 256 MB together); ``"leafwise"``
+          otherwise.
+        - ``"stacked"``: T backward passes, and the gradients of all tasks.
         - ``"leafwise"``: the Gram matrix from the gradients of all tasks, of which
-          the compiler can free one leaf after the other; about as fast as
-          ``"stacked"``, and of the three the first to try up to some eight tasks.
-        - ``"stacked"``: by :func:`value_and_task_grads`, for any method.
+          the compiler can free one leaf after the other; then one more backward pass,
+          of the weighted losses.
+        - ``"gram"``: for each task, one pull-back and one push-forward of its result
+          give a column of the Gram matrix, :math:`J (J^\top e_i)`, then one backward
+          pass. No more than one gradient is held at a time, so that memory does not
+          grow with T, for up to twice the time of the others.
 
-        The latter two also serve models with a ``jax.custom_vjp``, through which
+        All but ``"gram"`` also serve models with a ``jax.custom_vjp``, through which
         nothing can be pushed forward.
       shared: which parameters the method resolves, as in
         :func:`value_and_task_grads`; the others get the gradient of the sum.
@@ -73,8 +85,8 @@ def value_and_grad(
         ``"stacked"``. A task whose gradient is zero there is absent. ``None``: all.
       own_data: whether each task has data of its own, as in
         :func:`value_and_task_grads`: ``losses_fn`` returns the loss of one task, and
-        all of them cost two passes over the data, the mode ``"gram"`` being the same
-        as ``"leafwise"`` then.
+        all of them cost one pass over the data, or two where not all gradients are
+        held; the mode ``"gram"`` is the same as ``"leafwise"`` then.
       optimizer: makes updates of all parameters, shared or not, out of that gradient.
 
     Returns:
@@ -88,8 +100,9 @@ def value_and_grad(
       parameters and the gradients of the others.
 
     Raises:
-      TypeError: at the call, for a method that reads the gradients themselves,
-        for a chain without a method, and for parameters that are not floating point.
+      TypeError: at the call, for a method that reads the gradients themselves in a
+        mode that does not hold them, for a chain without a method, and for parameters
+        that are not floating point.
       ValueError: for an unknown mode; at the call, if the losses are neither a
         vector nor scalars, or not as many as the method was made for, and for a
         state or a result of other shapes.
@@ -115,15 +128,12 @@ def value_and_grad(
       pass: compute losses in float32, and mind ``jax_default_matmul_precision``.
       Under :func:`jax.shard_map`, average the losses over the devices inside
       ``losses_fn``. On a CPU, XLA runs the backward pass of a convolution much
-      slower inside a loop, which ``"gram"`` is: prefer ``"leafwise"`` there. With
+      slower inside a loop, which ``"gram"`` is: it is not for them. With
       ``jax.checkpoint(losses_fn)``, ``"gram"`` takes little more memory than the
       plain sum, for up to one and a half times its time.
     """
     arguments.check_choice("has_aux", has_aux, (True, False))
-    if mode not in ("gram", "leafwise", "stacked"):
-        raise ValueError(
-            f"mode should be 'gram', 'leafwise' or 'stacked', not {mode!r}"
-        )
+    arguments.check_choice("mode", mode, ("auto", "gram", "leafwise", "stacked"))
     arguments.check_choice("own_data", own_data, (True, False))
     method = optax.with_extra_args_support(method)
     init_call = "the init of what value_and_grad returns: resolve.init(params)"
@@ -131,103 +141,142 @@ def value_and_grad(
     def init(params):
         return method.init(split(params, shared)[0])
 
-    def from_gram(params, state, *args, **kwargs):
+    def fn(params, state, *args, **kwargs):
         primals = split(params, shared)
         losses_of = vector_fn(losses_fn, has_aux, args, kwargs)
         losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
-        pull_back = jax.linear_transpose(push_forward, *primals)
-        vector = tasks.stack_losses(losses, None)
         named, _ = take_aux(value, has_aux)
+        like, part = primals[0], None
         if measure is not None:
-            measured = split_measured(params, primals[0], measure)
+            part = split_measured(params, like, measure)
 
-        def compute_gram(pull_back_task=lambda _, cotangent: pull_back(cotangent)[0]):
-            if measure is not None:
-                return measured_gram(push_forward, primals, losses, measured)
-            if not isinstance(losses, list):
-                warn_of_own_data(losses_fn, has_aux, params, args, kwargs, len(vector))
-            if mode == "leafwise":
-                return tasks.gram(pull_back_each(push_forward, primals, losses)[0])
-            # Linearized again to leave out the heads, not to multiply them by zero.
-            zeros = optax.tree.zeros_like(primals)
+        def before_all_passes():
+            # Named losses have passes of their own, but not one for each column.
+            if mode == "gram" or not isinstance(losses, list):
+                warn_of_own_data(losses_fn, has_aux, params, args, kwargs, len(losses))
+
+        def resolve_all():
+            before_all_passes()
+            updates = pull_back_each(push_forward, primals, losses)[0]
+            chain = method if part is None else measure_on_part(method, *part)
+            return resolve(chain, updates, state, like, named, init_call)
+
+        def compute():
+            if part is not None:
+                return measured_gram(push_forward, primals, losses, part)
+            before_all_passes()
+            return known.compute()
+
+        if mode == "stacked":
+            grads, state = resolve_all()
+        else:
+            known = _view(mode, push_forward, primals, losses)
+            apart = known.compute_apart if part is None else compute
+            ways = known.combine, known.combine_some, apart
+            view = tasks.GramView(known.num_tasks, compute, *ways)
             try:
-                _, push = jax.linearize(lambda x: push_forward(x, zeros[1]), zeros[0])
-            except (NotImplementedError, TypeError) as error:
-                raise TypeError(
-                    "gradients cannot be pushed forward through this model, which"
-                    " probably has a jax.custom_vjp; use mode='leafwise'"
-                ) from error
-
-            def push_vector(grads):
-                # The tangent along a gradient: that of a complex parameter is the
-                # conjugate of what JAX calls its gradient.
-                return tasks.stack_losses(push(optax.tree.conj(grads)), None)
-
-            def column(inputs):
-                task, cotangent = inputs
-                # A branch, always taken, since XLA finishes what precedes a branch:
-                # in one piece, all layers would be pulled and pushed at once.
-                return jax.lax.cond(
-                    tasks.stack_losses(cotangent, None).sum() > 0,
-                    push_vector,
-                    lambda _: jnp.zeros_like(vector),
-                    pull_back_task(task, cotangent),
-                )
-
-            # A loop, since written out XLA would hold the gradients of all tasks.
-            inputs = jnp.arange(len(vector)), basis_of(losses)
-            gram = jax.lax.map(column, inputs)
-            return (gram + gram.T) / 2
-
-        def pull_back_apart(task, cotangent):
-            branch = lambda i: (
-                lambda: pull_back_one(push_forward, primals, i, cotangent[i])
-            )
-            return jax.lax.switch(task, [branch(i) for i in range(len(vector))])[0]
-
-        def combine(weights):
-            weights = weights.astype(vector.dtype)
-            listed = isinstance(losses, list)
-            return pull_back(list(weights) if listed else weights)[0]
-
-        def combine_some(weights, keep):
-            weights = list(weights.astype(vector.dtype))
-            return pull_back_some(push_forward, primals, weights, keep)[0]
-
-        view = tasks.GramView(len(vector), compute_gram, combine)
-        if isinstance(losses, list):  # Losses that can be pulled back one by one.
-            view = tasks.GramView(
-                len(vector),
-                compute_gram,
-                combine,
-                combine_some,
-                lambda: compute_gram(pull_back_apart),
-            )
-        grads, state = resolve(method, view, state, primals[0], named, init_call)
+                grads, state = resolve(method, view, state, like, named, init_call)
+            except tasks.NeedsTaskGrads:
+                if mode != "auto":
+                    raise
+                grads, state = resolve_all()
         ones = jax.tree.map(jnp.ones_like, losses)
+        pull_back = jax.linear_transpose(push_forward, *primals)
         return value, merge(grads, pull_back(ones)[1]), state
 
-    def from_stacked(params, state, *args, **kwargs):
-        task_grads = value_and_task_grads(
-            losses_fn, has_aux, shared=shared, own_data=own_data
-        )
-        value, updates = task_grads(params, *args, **kwargs)
-        losses, _ = take_aux(value, has_aux)
-        mask = mask_of(params, shared, "shared")
-        stacked, heads = split(updates, mask)
-        shared_part, _ = split(params, mask)
-        chain = method
-        if measure is not None:
-            part, _ = split_measured(params, shared_part, measure)
-            measured = jax.tree.map(lambda _, x: x is not None, shared_part, part)
-            chain = wrappers.measure_on(method, measured)
-        grads, state = resolve(chain, stacked, state, shared_part, losses, init_call)
-        return value, merge(grads, heads), state
-
-    way: Callable[..., Any] = from_stacked if mode == "stacked" else from_gram
-    if own_data and mode != "stacked":
-        way = own_resolved(losses_fn, method, has_aux, shared, measure, init_call)
-    resolver = Resolver(init, way)
+    if own_data:
+        options = mode, _are_few, shared, measure, init_call
+        fn = own_resolved(losses_fn, method, has_aux, *options)
+    resolver = Resolver(init, fn)
     if optimizer is None:
         return resolver
     return with_optimizer(resolver, optimizer, has_aux, init_call)
+
+
+def _view(mode, push_forward, primals, losses):
+    """The gradients of the losses, known by what the mode asks of the model."""
+    vector = tasks.stack_losses(losses, None)
+    pull_back = jax.linear_transpose(push_forward, *primals)
+    listed = isinstance(losses, list)
+
+    def leafwise():
+        return tasks.gram(pull_back_each(push_forward, primals, losses)[0])
+
+    def by_columns(pull_back_task=lambda _, cotangent: pull_back(cotangent)[0]):
+        return _gram_by_columns(push_forward, primals, losses, pull_back_task)
+
+    def combine(weights):
+        weights = weights.astype(vector.dtype)
+        return pull_back(list(weights) if listed else weights)[0]
+
+    compute = apart = by_columns if mode == "gram" else leafwise
+    if mode == "auto" and _are_few(len(vector), primals[0]):
+        kept: list[Any] = []  # The trace, and the gradients that belong to it.
+
+        def compute():
+            gradients = pull_back_each(push_forward, primals, losses)[0]
+            kept[:] = get_opaque_trace_state(convention="optax_mtl"), gradients
+            return tasks.gram(gradients)
+
+        combine_anew = combine
+
+        def combine(weights):
+            here = get_opaque_trace_state(convention="optax_mtl")
+            if not kept or kept[0] != here:  # Measured inside a branch, or not at all.
+                return combine_anew(weights)
+            return tasks.combine(weights, kept[1])
+
+    if not listed or len(losses) > MAX_APART:
+        return tasks.GramView(len(vector), compute, combine)
+
+    def combine_some(weights, keep):
+        weights = list(weights.astype(vector.dtype))
+        return pull_back_some(push_forward, primals, weights, keep)[0]
+
+    def pull_back_apart(task, cotangent):
+        branch = lambda i: lambda: pull_back_one(push_forward, primals, i, cotangent[i])
+        return jax.lax.switch(task, [branch(i) for i in range(len(vector))])[0]
+
+    if mode == "gram":
+        apart = lambda: by_columns(pull_back_apart)
+    return tasks.GramView(len(vector), compute, combine, combine_some, apart)
+
+
+def _are_few(num_tasks, params):
+    """Whether all gradients together are kept rather than pulled back once more."""
+    size = num_tasks * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    return num_tasks <= MAX_KEPT_TASKS and size <= MAX_KEPT_BYTES
+
+
+def _gram_by_columns(push_forward, primals, losses, pull_back_task):
+    """The Gram matrix by a pull-back and a push-forward for each task."""
+    vector = tasks.stack_losses(losses, None)
+    # Linearized again to leave out the heads, not to multiply them by zero.
+    zeros = optax.tree.zeros_like(primals)
+    try:
+        _, push = jax.linearize(lambda x: push_forward(x, zeros[1]), zeros[0])
+    except (NotImplementedError, TypeError) as error:
+        raise TypeError(
+            "gradients cannot be pushed forward through this model, which probably has"
+            " a jax.custom_vjp; use mode='leafwise'"
+        ) from error
+
+    def push_vector(grads):
+        # The tangent along a gradient: that of a complex parameter is the conjugate
+        # of what JAX calls its gradient.
+        return tasks.stack_losses(push(optax.tree.conj(grads)), None)
+
+    def column(inputs):
+        task, cotangent = inputs
+        # A branch, always taken, since XLA finishes what precedes a branch: in one
+        # piece, all layers would be pulled and pushed at once.
+        return jax.lax.cond(
+            tasks.stack_losses(cotangent, None).sum() > 0,
+            push_vector,
+            lambda _: jnp.zeros_like(vector),
+            pull_back_task(task, cotangent),
+        )
+
+    # A loop, since written out XLA would hold the gradients of all tasks.
+    gram = jax.lax.map(column, (jnp.arange(len(vector)), basis_of(losses)))
+    return (gram + gram.T) / 2

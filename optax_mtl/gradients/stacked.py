@@ -100,7 +100,7 @@ def value_and_task_grads(
         losses_of = vector_fn(losses_fn, has_aux, args, kwargs)
         losses, push_forward, value = jax.linearize(losses_of, *primals, has_aux=True)
         pull_back = jax.linear_transpose(push_forward, *primals)
-        if not isinstance(losses, list):
+        if sequential or not isinstance(losses, list):
             warn_of_own_data(losses_fn, has_aux, params, args, kwargs, len(losses))
         if sequential:
             updates = jax.lax.map(
