@@ -276,6 +276,32 @@ def test_sharded_over_the_task_axis(kind):
     assert_close(tasks[1]["trunk"], by_hand()[1])
 
 
+@pytest.mark.parametrize("mode", ["auto", "leafwise"])
+def test_examples_split_over_devices(mode):
+    """Under shard_map, with losses that are averaged over the devices."""
+    x, y = (np.concatenate([a, a[:, ::-1]], axis=1)[:, :8] for a in (X, Y))
+    mask = np.ones((T, 8), np.float32)
+    method = optax_mtl.upgrad()
+
+    def averaged(*args):
+        return jax.lax.pmean(loss_fn(*args), "data")
+
+    def step_of(loss):
+        options = {"mode": mode, "shared": SHARED, "measure": lambda p: "trunk" in p}
+        fn = value_and_grad(loss, method, own_data=True, **options)
+        return lambda params, *args: fn(params, (), *args)[:2]
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(
+        step_of(averaged),
+        mesh=mesh,
+        in_specs=(P(), P(), *[P(None, "data")] * 3),
+        out_specs=P(),
+    )
+    args = PARAMS, TASKS, x, y, mask
+    assert_close(jax.jit(split)(*args), compiled_fast(step_of(loss_fn))(*args))
+
+
 MANY = 10
 NAMES = [f"task{i}" for i in range(MANY)]
 MANY_PARAMS = {"trunk": np.ones((D, D)), "heads": np.ones((MANY, D))}
