@@ -1,5 +1,6 @@
 """Transformations around a method or around a whole chain."""
 
+import contextlib
 from typing import NamedTuple
 
 import jax
@@ -123,11 +124,26 @@ def log_losses(
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _weigh(method, count, updates, state, **extra_args):
+@contextlib.contextmanager
+def _weights_alone(wrapper):
+    """Says that no way to get gradients helps a method that reads them in there."""
+    try:
+        yield
+    except tasks.NeedsTaskGrads as error:
+        raise TypeError(
+            f"{wrapper} works with the weights that a method makes, but this method"
+            " reads the task gradients themselves; take one whose row in"
+            " optax_mtl.METHODS reads 'gram' or 'losses'"
+        ) from error
+
+
+def _weigh(wrapper, method, count, updates, state, **extra_args):
     """The weights of a method, which tasks are present, and its new state."""
-    call = lambda compute, state: method.update(
-        tasks.GramView(count, compute), state, **extra_args
-    )
+
+    def call(compute, state):
+        with _weights_alone(wrapper):
+            return method.update(tasks.GramView(count, compute), state, **extra_args)
+
     asked = []
 
     def probe():
@@ -211,7 +227,7 @@ def smooth_weights(
         if count is None:
             return updates, state
         weights, exists, inner = _weigh(
-            method, count, updates, state.inner, **extra_args
+            "smooth_weights", method, count, updates, state.inner, **extra_args
         )
         average = decay * state.weights + (1 - decay) * weights
         average = jnp.where(state.seen, average, weights)
@@ -291,7 +307,7 @@ def update_every(
 
         def compute():
             weights, exists, inner = _weigh(
-                method, count, updates, state.inner, **extra_args
+                "update_every", method, count, updates, state.inner, **extra_args
             )
             weights = weights.astype(state.weights.dtype)
             return jnp.where(exists, weights, state.weights), inner
@@ -416,7 +432,8 @@ def measure_on(
                 weights, tasks.drop_tasks(keep, updates)
             ),
         )
-        return method.update(view, state, params, **extra_args)
+        with _weights_alone("measure_on"):
+            return method.update(view, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(method.init, update)
 
@@ -482,7 +499,8 @@ def with_sharded_parameters(
             return jax.lax.psum(gram(split), axis_name) + gram(whole)
 
         view = tasks.GramView(count, compute)
-        weights, new_state = method.update(view, state, **extra_args)
+        with _weights_alone("with_sharded_parameters"):
+            weights, new_state = method.update(view, state, **extra_args)
         out = tasks.combine(weights, updates)
         # All devices agree on the state, too.
         failed = jax.lax.psum(~base.all_finite(out) + 0, axis_name)

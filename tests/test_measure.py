@@ -190,15 +190,29 @@ MESSAGES = {
     ),
     "a method that reads gradients": (
         lambda: gradient_reader(measure=LAST, mode="stacked"),
-        "reads the task gradients themselves",
+        "measure_on works with the weights.*reads 'gram' or 'losses'",
     ),
     "a method that reads gradients, as it comes": (
         lambda: gradient_reader(measure=LAST),
-        "reads the task gradients themselves",
+        "measure_on works with the weights.*reads 'gram' or 'losses'",
     ),
     "measure_on nothing": (
         lambda: measure_on(mgda, lambda path: False).update(np.eye(2), (), np.ones(2)),
         "the mask of measure_on marks none",
+    ),
+    "gradients under update_every": (
+        lambda: resolve(
+            vector_fn, optax_mtl.update_every(optax_mtl.trimmed_mean(), 2, 2)
+        ),
+        "update_every works with the weights.*reads 'gram' or 'losses'",
+    ),
+    "gradients under smooth_weights": (
+        lambda: resolve(
+            vector_fn,
+            optax_mtl.smooth_weights(optax_mtl.trimmed_mean(), 2),
+            mode="stacked",
+        ),
+        "smooth_weights works with the weights.*reads 'gram' or 'losses'",
     ),
     "measure_on where only inner products are": (
         lambda: resolve(vector_fn, measure_on(mgda, LAST), mode="gram"),

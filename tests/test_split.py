@@ -280,7 +280,7 @@ MESSAGES = {
             lambda z: split_tasks(z, 2, optax_mtl.graddrop(), axis_name="data"),
             axis_name="data",
         )(z),
-        "reads the task gradients themselves.*Without axis_name",
+        "reads the task gradients themselves; take one.*Without axis_name",
     ),
 }
 
