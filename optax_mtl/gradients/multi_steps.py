@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, guards, tasks
+from optax_mtl import arguments, base, guards, report, tasks
 from optax_mtl.gradients import averaging
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels, mask_of
@@ -22,6 +22,8 @@ class MultiStepsState(NamedTuple):
     counts: jax.Array  # Labels of each task, or calls with any, shape `(T,)`.
     head_counts: Any  # The same for each head.
     inner_opt_state: optax.OptState  # Of the wrapped chain.
+
+    __repr__ = report.describe_state
 
 
 def multi_steps(

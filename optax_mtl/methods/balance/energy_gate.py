@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, base, names, report, tasks
 
 
 class EnergyGateState(NamedTuple):
@@ -15,6 +15,8 @@ class EnergyGateState(NamedTuple):
     average: optax.Updates  # Moving average of the updates.
     counts: optax.Updates  # Energies seen, shape `(num_tasks,)` for each tensor.
     energies: optax.Updates  # Moving averages of the energies, likewise.
+
+    __repr__ = report.describe_state
 
 
 @names.by_name("boost")

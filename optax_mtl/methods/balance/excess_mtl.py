@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, report, tasks
 
 
 class ExcessMTLState(NamedTuple):
@@ -16,6 +16,8 @@ class ExcessMTLState(NamedTuple):
     logits: jax.Array  # Logarithms of the weights, largest 0, shape `(T,)`.
     counts: jax.Array  # Steps of each task, up to the warm-up, shape `(T,)`.
     initial: jax.Array  # Sum of the excess risks in the warm-up, shape `(T,)`.
+
+    __repr__ = report.describe_state
 
 
 def excess_mtl(

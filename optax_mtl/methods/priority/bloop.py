@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, base, names, report, tasks
 
 
 class BloopState(NamedTuple):
@@ -14,6 +14,8 @@ class BloopState(NamedTuple):
 
     steps: jax.Array  # Primary gradients seen.
     average: optax.Updates  # Moving average of the primary gradient.
+
+    __repr__ = report.describe_state
 
 
 @names.by_name(of_tasks=["primary"])
