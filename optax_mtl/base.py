@@ -232,9 +232,15 @@ def with_reference(
       A gradient transformation that aggregates stacked updates.
     """
     if reference is not None:
-        given = jnp.asarray(reference, float) - jnp.asarray(min_losses, float)
-        return from_losses(
-            lambda losses: weights_fn(losses, given), min_losses=min_losses
+        given = arguments.for_each_task(
+            "reference", reference, num_tasks, float
+        ) - arguments.for_each_task("min_losses", min_losses, num_tasks, float)
+        return from_state(
+            optax.EmptyState,
+            lambda state, losses: (weights_fn(losses, given), state),
+            num_tasks,
+            reads=["losses"],
+            min_losses=min_losses,
         )
 
     def init_fn():
@@ -288,12 +294,9 @@ def losses_above(losses: jax.Array, min_losses: names.PerTask | None) -> jax.Arr
     """
     if min_losses is None:
         return losses
-    bounds = jnp.asarray(min_losses, losses.dtype)
-    if bounds.ndim and bounds.shape != losses.shape:
-        raise ValueError(
-            f"min_losses has shape {bounds.shape}, but there are {len(losses)} tasks;"
-            " give one number, or one for each task"
-        )
+    bounds = arguments.for_each_task(
+        "min_losses", min_losses, len(losses), losses.dtype
+    )
     above = jnp.where(losses == 0, 0, losses - bounds)
     return jnp.where(above >= 0, above, jnp.nan)
 

@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -330,6 +330,9 @@ def names_of(losses: Any) -> list[str] | None:
     Args:
       losses: a dict of scalars, or a tree of dicts; for anything else there are none.
 
+    Raises:
+      ValueError: if two have one name, as in ``{"a": {"b": 1.0}, "a/b": 2.0}``.
+
     Examples:
       >>> from optax_mtl import tasks
       >>> tasks.names_of({"task2": 1.0, "task10": 2.0})
@@ -344,7 +347,37 @@ def names_of(losses: Any) -> list[str] | None:
         return None
     if not all(path and all(map(is_name, path)) for path in paths):
         return None
-    return [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
+    check_names_differ(names)
+    return names
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Refuses a name for two tasks.
+
+    Raises:
+      ValueError: for it.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two tasks have the name {name!r}, of {', '.join(map(repr, names))};"
+                " rename one"
+            )
+
+
+def check_same_names(losses: Any, others: Any, name: str) -> None:
+    """Refuses numbers by name that are those of other tasks than the losses.
+
+    Raises:
+      ValueError: if both have names, and these differ.
+    """
+    expected, found = names_of(losses), names_of(others)
+    if expected and found and expected != found:
+        raise ValueError(
+            f"{name} are those of the tasks {', '.join(map(repr, found))}, but the"
+            f" losses are those of {', '.join(map(repr, expected))}; use the same names"
+        )
 
 
 def gram(updates: optax.Updates) -> jax.Array:
@@ -555,7 +588,7 @@ def conflicts(gram: jax.Array, names: Any = None) -> Conflicts:
       are left out of every figure. ``print`` shows a summary.
 
     Raises:
-      ValueError: for a number of names other than T.
+      ValueError: for a number of names other than T, and for a name used twice.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -608,6 +641,7 @@ def _names_for(names: Any, num_tasks: int) -> tuple[str, ...]:
         known = leaves if all(isinstance(x, str) for x in leaves) else []
         if not known:
             return ()
+        check_names_differ(known)
     if len(known) != num_tasks:
         raise ValueError(
             f"there are {len(known)} names, {', '.join(known)}, but the Gram matrix is"

@@ -134,9 +134,10 @@ def accumulate_task_grads(
 
         weights = None
         if num_labels is not None:
-            weights = _shares(
-                partial(num_labels, **kwargs), batches, num_tasks, one_task_each
-            )
+            counts_of = partial(num_labels, **kwargs)
+            counts = jax.eval_shape(counts_of, *first)
+            tasks.check_same_names(like, counts, "num_labels")
+            weights = _shares(counts_of, batches, num_tasks, one_task_each)
 
         def add_all_tasks(average, inputs):
             step, batch, weight = inputs

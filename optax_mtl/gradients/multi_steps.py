@@ -23,7 +23,8 @@ class MultiStepsState(NamedTuple):
     head_counts: Any  # The same for each head.
     inner_opt_state: optax.OptState  # Of the wrapped chain.
 
-    __repr__ = report.describe_state
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def multi_steps(
@@ -116,6 +117,7 @@ def multi_steps(
         if isinstance(updates, tasks.GramView):
             updates.refuse("multi_steps, which accumulates them,")
         handed = losses
+        tasks.check_same_names(losses, num_labels, "num_labels")
         mask = mask_of(updates if params is None else params, shared, "shared")
         (shared_part, heads), (totals, head_totals) = (
             split(tree, mask) for tree in (updates, state.acc_grads)

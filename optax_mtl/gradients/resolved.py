@@ -61,7 +61,8 @@ def value_and_grad(
         nothing can be pushed forward.
       shared: which parameters the method resolves, as in
         :func:`value_and_task_grads`; the others get the gradient of the sum.
-      optimizer: makes updates of all parameters, shared or not, out of that gradient.
+      optimizer: makes updates of all parameters, shared or not, out of that gradient;
+        the losses reach it as ``losses_fn`` returns them, as in a chain.
 
     Returns:
       A function of the parameters, the state and further arguments that returns

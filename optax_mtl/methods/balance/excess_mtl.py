@@ -17,7 +17,8 @@ class ExcessMTLState(NamedTuple):
     counts: jax.Array  # Steps of each task, up to the warm-up, shape `(T,)`.
     initial: jax.Array  # Sum of the excess risks in the warm-up, shape `(T,)`.
 
-    __repr__ = report.describe_state
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def excess_mtl(

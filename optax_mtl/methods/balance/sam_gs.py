@@ -17,7 +17,8 @@ class SAMGSState(NamedTuple):
     steps: jax.Array  # Dissimilarities seen.
     dissimilarity: jax.Array  # Moving average of the squared dissimilarity.
 
-    __repr__ = report.describe_state
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def sam_gs(

@@ -25,7 +25,8 @@ class GCondState(NamedTuple):
     norms: jax.Array  # Running mean of the norms, shape `(num_tasks,)`; 0: not seen.
     arbitration: Arbitration  # The last one; its winners serve the next.
 
-    __repr__ = report.describe_state
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def gcond(

@@ -19,7 +19,8 @@ class MConFIGState(NamedTuple):
     second: optax.Updates  # Second moment of what the direction averages.
     steps: jax.Array  # Number of directions so far, scalar.
 
-    __repr__ = report.describe_state
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def m_config(

@@ -15,7 +15,8 @@ class DWAState(NamedTuple):
     seen: jax.Array  # Number of losses of each task so far, shape `(T,)`.
     history: jax.Array  # Losses of the last `2 * window` steps, `(2 * window, T)`.
 
-    __repr__ = report.describe_state
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 @names.by_name("min_losses")

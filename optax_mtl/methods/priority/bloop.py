@@ -15,7 +15,8 @@ class BloopState(NamedTuple):
     steps: jax.Array  # Primary gradients seen.
     average: optax.Updates  # Moving average of the primary gradient.
 
-    __repr__ = report.describe_state
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 @names.by_name(of_tasks=["primary"])

@@ -18,7 +18,8 @@ class MetaBalanceState(NamedTuple):
     counts: optax.Updates  # Gradients seen, shape `(num_tasks,)` for each tensor.
     norms: optax.Updates  # Moving averages of their norms, likewise.
 
-    __repr__ = report.describe_state
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 @names.by_name(of_tasks=["primary"])
