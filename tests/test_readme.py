@@ -236,6 +236,11 @@ def haiku_model(code):
     jax.tree.map(close, names["state"], expected_state)
 
 
+def kauldron_step(code):
+    """That it parses: the README says that it is not run here, and why."""
+    compile(code, "README.md", "exec")
+
+
 def transformer():
     """Parameters, a batch of tokens from T sources, and the parts of the losses."""
     size, layers, vocabulary = 16, 3, 24
@@ -321,6 +326,7 @@ CHECKS = [
     heads_of_nnx,
     equinox_model,
     haiku_model,
+    kauldron_step,
     sharded_transformer,
     freezing,
 ]
