@@ -11,7 +11,7 @@ from optax_mtl import arguments, tasks
 from optax_mtl.gradients.backward import (
     basis_of,
     pull_back_each,
-    pull_back_one,
+    pull_back_in_turn,
     pull_back_some,
     take_aux,
     vector_fn,
@@ -160,10 +160,7 @@ def value_and_grad(
             return (gram + gram.T) / 2
 
         def pull_back_apart(task, cotangent):
-            branch = lambda i: (
-                lambda: pull_back_one(push_forward, primals, i, cotangent[i])
-            )
-            return jax.lax.switch(task, [branch(i) for i in range(len(vector))])[0]
+            return pull_back_in_turn(push_forward, primals, losses)(task, cotangent)[0]
 
         def combine(weights):
             weights = weights.astype(vector.dtype)
