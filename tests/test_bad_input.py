@@ -79,9 +79,7 @@ def test_constants_among_the_losses_are_absent_tasks():
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_without_parameters(way):
     fn = lambda p: {"a": jnp.ones([]), "b": jnp.zeros([])}
-    with pytest.raises(
-        (TypeError, ValueError), match=r"holds no arrays|floating-point"
-    ):
+    with pytest.raises((TypeError, ValueError), match=r"holds no arrays|floating"):
         WAYS[way](fn, {"trunk": None})
 
 
