@@ -168,7 +168,17 @@ def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | N
             " floating-point parameters only",
         )
     if params is not None:
-        jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
+        structures: list[Any] = [jax.tree.structure(x) for x in (updates, params)]
+        try:
+            jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
+        except ValueError as error:
+            if structures[0] == structures[1]:
+                raise
+            raise ValueError(
+                "the parameters that were handed to update are not those that the"
+                " gradients were taken of; with Equinox, hand over"
+                f" eqx.filter(model, eqx.is_inexact_array). {error}"
+            ) from error
     for path, leaf in leaves:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != jnp.shape(first)[0]:
             raise ValueError(

@@ -205,7 +205,7 @@ def equinox_model(code):
     model = eqx.nn.MLP(4, T, 6, 1, key=jax.random.key(0))  # With functions as leaves.
     fn = lambda model, batch: jnp.mean((jax.vmap(model)(batch[0]) - batch[1]) ** 2, 0)
     names = run(code, eqx=eqx, model=model, losses_fn=fn)
-    actual, _ = names["step"](model, names["tx"].init(names["arrays"]), BATCH)
+    actual, _ = names["step"](model, names["opt_state"], BATCH)
     grads = eqx.filter_grad(lambda model: fn(model, BATCH).sum())(model)
     expected = eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, grads))
     for x, y in zip(
