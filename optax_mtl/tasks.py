@@ -644,13 +644,20 @@ def _names_for(names: Any, num_tasks: int) -> tuple[str, ...]:
     """The names in a dict of losses or a sequence of text; none of anything else."""
     if names is None:
         return ()
+    if isinstance(names, np.ndarray):
+        names = names.tolist()
     known = names_of(names)
     if known is None:
         leaves = jax.tree.leaves(names)
-        # Losses without names, as a vector.
-        known = leaves if all(isinstance(x, str) for x in leaves) else []
-        if not known:
-            return ()
+        is_number = lambda x: hasattr(x, "shape") or isinstance(x, (int, float))
+        if all(map(is_number, leaves)):
+            return ()  # Losses without names, as a vector.
+        if not all(isinstance(x, str) for x in leaves):
+            raise TypeError(
+                f"names are {names!r}; hand over the dict of the losses, or a list of"
+                " text in the order of the gradients, that of the sorted names"
+            )
+        known = leaves
         check_names_differ(known)
     if len(known) != num_tasks:
         raise ValueError(

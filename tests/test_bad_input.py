@@ -150,6 +150,18 @@ STEPS = {
         lambda: update(optax_mtl.from_gram(lambda gram: None)),
         r"the weights are None, expected an array of shape \(2,\)",
     ),
+    "another number of tasks than the reference is for": (
+        lambda: optax_mtl.igb(3, reference=1.0).update(
+            jnp.eye(2), optax.EmptyState(), losses=jnp.ones(2)
+        ),
+        "the method was made for num_tasks=3, but the updates hold the gradients of 2",
+    ),
+    "another number of tasks than the ideal point is for": (
+        lambda: optax_mtl.stch(3, objective="linear").update(
+            jnp.eye(2), optax.EmptyState(), losses=jnp.ones(2)
+        ),
+        "the method was made for num_tasks=3, but the updates hold the gradients of 2",
+    ),
     "no name": (lambda: optax_mtl.get(None, 2), "there is no method None; known are"),
     "a list of names": (lambda: optax_mtl.get(["mgda"], 2), r"no method \['mgda'\]"),
     "no number of tasks": (lambda: optax_mtl.get("mgda", None), "num_tasks is None"),

@@ -32,8 +32,9 @@ def test_print_shows_names_norms_cosines_and_the_worst_pair():
     assert "array" not in repr(report).lower()
     numbered = str(optax_mtl.conflicts(gram))
     assert "most opposed: 1 and 2, cosine -0.71" in numbered
-    vector = optax_mtl.conflicts(gram, names=jnp.ones(4))  # Losses without names.
-    assert vector.names == ()
+    for losses in (jnp.ones(4), np.ones(4), [1.0, 2.0, 3.0, 4.0]):  # Without names.
+        assert optax_mtl.conflicts(gram, names=losses).names == ()
+    assert optax_mtl.conflicts(gram, names=np.array(NAMES)).names == NAMES
 
 
 def test_many_tasks_are_no_wall():
@@ -88,6 +89,13 @@ def test_the_report_is_a_tree_of_arrays_with_static_names():
 def test_as_many_names_as_tasks():
     with pytest.raises(ValueError, match="there are 2 names, a, b, but the Gram matr"):
         optax_mtl.conflicts(jnp.asarray(GRAM), names=["a", "b"])
+
+
+@pytest.mark.parametrize("names", [LOSSES.keys(), set(LOSSES), ["a", 2, "c", "d"]])
+def test_names_in_no_order_are_refused(names):
+    """Those of a dict come as it was written, and a set in any order."""
+    with pytest.raises(TypeError, match="hand over the dict of the losses, or a list"):
+        optax_mtl.conflicts(jnp.asarray(GRAM), names=names)
 
 
 def test_states_that_hold_gradients_are_one_line():
