@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from examples.flags import UserError
+
 
 def load(flag: str, file: str | pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of an NPZ file.
@@ -27,7 +29,7 @@ def load(flag: str, file: str | pathlib.Path) -> dict[str, np.ndarray]:
             *(zipfile.BadZipFile, zlib.error),
         ):
             pass  # NumPy's own message advises to load it unsafely.
-    raise ValueError(f"{flag} {file}: not an NPZ file of arrays")
+    raise UserError(f"{flag} {file}: not an NPZ file of arrays")
 
 
 def first_of(
@@ -37,4 +39,4 @@ def first_of(
     for name in names:
         if name in arrays:
             return arrays[name]
-    raise ValueError(f"{flag} {file} has {sorted(arrays)}, but none of {list(names)}")
+    raise UserError(f"{flag} {file} has {sorted(arrays)}, but none of {list(names)}")

@@ -7,12 +7,18 @@ is done.
 import argparse
 import dataclasses
 import math
+import pathlib
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import optax_mtl
 
 Config = TypeVar("Config")
+
+
+class UserError(ValueError):
+    """What a user can set right: a flag that does not suit the data, a file."""
 
 
 def setting(
@@ -126,3 +132,13 @@ def parse(
     except ValueError as error:
         parser.error(str(error))
     return read
+
+
+def run_program(main: Callable[[], Any]) -> None:
+    """Runs a program; what its user can set right ends it as a wrong flag does."""
+    try:
+        main()
+    except (UserError, FileNotFoundError) as error:
+        program = pathlib.Path(sys.argv[0]).name
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)

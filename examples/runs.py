@@ -20,6 +20,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from examples.flags import UserError
 from examples.progress import say
 
 
@@ -72,7 +73,7 @@ def read(file: pathlib.Path) -> list[dict[str, float]]:
             for row in csv.DictReader(whole.splitlines())
         ]
     except (TypeError, ValueError) as error:  # TypeError: a row has too many cells.
-        raise ValueError(
+        raise UserError(
             f"{file} is not a table of numbers, mend or remove it: {error}"
         ) from error
 
@@ -111,13 +112,13 @@ def check_settings(folder: pathlib.Path, config: Any, last: int | None) -> None:
     try:
         old = dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--resume: the settings of the run in {file} cannot be read ({error}): "
             "mend that file, or choose another --out"
         ) from error
     for name, value in settings.items():
         if old.get(name) != value:
-            raise ValueError(
+            raise UserError(
                 f"--resume: the run in {folder} has {name} {old.get(name)!r}, not "
                 f"{value!r}"
             )
@@ -181,7 +182,7 @@ def restore(saved: ocp.CheckpointManager, fresh: Any) -> tuple[int, Any]:
         gc.collect()
         say(f"checkpoint {step} in {saved.directory} cannot be read: {problem}")
     if steps:
-        raise ValueError(
+        raise UserError(
             f"no checkpoint in {saved.directory} can be read: start anew with another "
             "--out"
         )

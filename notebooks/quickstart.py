@@ -35,6 +35,7 @@ if "google.colab" in sys.modules:
     subprocess.run([*pip, "optax>=0.2.8", source], check=True)
 
 # %%
+import itertools
 import os
 
 import jax
@@ -174,14 +175,12 @@ task_grads = optax_mtl.value_and_task_grads(task_losses, shared=shared)
 
 @jax.jit
 def look(params, key):
-    _, grads = task_grads(params, sample(key, train, BATCH_SIZE))
-    return optax_mtl.conflicts(optax_mtl.gram(grads["trunk"]))
+    losses, grads = task_grads(params, sample(key, train, BATCH_SIZE))
+    return optax_mtl.conflicts(optax_mtl.gram(grads["trunk"]), names=losses)
 
 
-names = sorted(["left", "right", "draw"])  # A dict of losses is in sorted order.
 report = look(init_params(jax.random.key(0)), keys[0])
-print("norms:", dict(zip(names, report.norms.round(2).tolist())))
-print("cosines:\n", report.cosines.round(2))
+print(report)
 
 # %% [markdown]
 # Over a whole training run with the plain sum:
@@ -194,9 +193,10 @@ def plain_step_and_look(carry, key):
 
 
 _, reports = jax.lax.scan(plain_step_and_look, (params, tx.init(params)), keys)
-pairs = {"draw, left": (0, 1), "draw, right": (0, 2), "left, right": (1, 2)}
+pairs = list(itertools.combinations(range(len(report.names)), 2))
 figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-for name, (i, j) in pairs.items():
+for i, j in pairs:
+    name = f"{report.names[i]}, {report.names[j]}"
     cosine = reports.cosines[:, i, j]
     smooth = np.convolve(cosine, np.full(20, 1 / 20), mode="valid")
     axes.plot(smooth, label=f"{name}: negative in {(cosine < 0).mean():.0%} of steps")

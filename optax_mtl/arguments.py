@@ -165,18 +165,21 @@ def check_preference(preference: names.PerTask | None) -> jax.Array | None:
     return jnp.asarray(preference, dtype=jnp.result_type(float))
 
 
-def broadcast_preference(preference: jax.Array, num_tasks: int) -> jax.Array:
-    """The preference as an array of shape ``(T,)``.
+def for_each_task(
+    name: str, value: Any, num_tasks: int, dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
+    """One number for each task, shape ``(T,)``, out of one for all or one for each.
 
     Raises:
-      ValueError: for a number of entries other than T.
+      ValueError: for another number of them than T, with the name of the argument.
     """
-    if preference.ndim and len(preference) != num_tasks:
+    values = jnp.asarray(value, dtype)
+    if values.shape not in ((), (num_tasks,)):
         raise ValueError(
-            f"the preference has {len(preference)} entries, but there are"
-            f" {num_tasks} tasks; give one entry for each task"
+            f"{name} has shape {values.shape}, but there are {num_tasks} tasks; give"
+            " one number, or one for each task"
         )
-    return jnp.broadcast_to(preference, num_tasks)
+    return jnp.broadcast_to(values, num_tasks)
 
 
 def preference_among_present(
@@ -192,7 +195,7 @@ def preference_among_present(
     """
     exists = tasks.present(gram).astype(gram.dtype)
     if preference is not None:
-        return exists * broadcast_preference(preference, len(gram)).astype(gram.dtype)
+        return exists * for_each_task("preference", preference, len(gram), gram.dtype)
     if default_total is None:
         return exists
     return exists * (default_total / jnp.maximum(exists.sum(), 1))

@@ -63,6 +63,7 @@ def from_gram(
       >>> print(jnp.array_str(update, precision=3))
       [0.6 1.8]
     """
+    arguments.check_function("weights_fn", weights_fn)
     return from_state(
         optax.EmptyState, lambda state, gram: (weights_fn(gram), state), reads=["gram"]
     )
@@ -93,6 +94,7 @@ def from_losses(
       >>> print(inverse.update(updates, inverse.init(None), losses=losses)[0])
       [1.5 4. ]
     """
+    arguments.check_function("weights_fn", weights_fn)
     return from_state(
         optax.EmptyState,
         lambda state, losses: (weights_fn(losses), state),
@@ -130,12 +132,24 @@ def from_state(
       stays as it was.
     """
 
+    arguments.check_function("init_fn", init_fn)
+    arguments.check_function("step", step)
+    if isinstance(reads, str):
+        raise TypeError(f"reads is {reads!r}; it should be a list, such as [{reads!r}]")
     for name in reads:
         arguments.check_choice("reads", name, ("gram", "losses"))
 
     def init(params):
         del params
-        return init_fn()
+        state = init_fn()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            if not hasattr(leaf, "dtype"):
+                raise TypeError(
+                    f"init_fn returned {leaf!r} as state{jax.tree_util.keystr(path)},"
+                    " which is no array: make it one, such as jnp.zeros([], jnp.int32),"
+                    " so that a step keeps its dtype"
+                )
+        return state
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
         del extra_args
@@ -151,12 +165,42 @@ def from_state(
             )
         finite = all_finite(measured)
         with jax.default_matmul_precision("highest"):  # GPUs and TPUs round else.
-            weights, new_state = step(state, **(measured or {"count": count}))
+            weights, new_state = _weights_and_state(
+                step(state, **(measured or {"count": count})), state, count
+            )
         # Whoever reads no gradients learns here alone that they are not finite.
         update = tasks.combine(jnp.where(finite, weights, jnp.nan), updates)
         return update, keep_if(all_finite(update), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _weights_and_state(returned: Any, state: Any, count: int) -> tuple[jax.Array, Any]:
+    """What a step returned, if it is that.
+
+    Raises:
+      TypeError: for something else than a pair of weights and a state, or weights that
+        are no array.
+      ValueError: for a state of another structure or other shapes than before.
+    """
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(
+            "a step should return a pair, the weights and the next state, but returned"
+            f" shapes {jax.tree.map(jnp.shape, returned)}"
+        )
+    weights, new_state = returned
+    if not hasattr(weights, "dtype"):
+        raise TypeError(
+            f"the weights are {weights!r}, expected an array of shape ({count},)"
+        )
+    differing = tasks.differing_shapes(state, new_state)
+    same: Any = jax.tree.structure(state)
+    if differing or same != jax.tree.structure(new_state):
+        raise ValueError(
+            "a step should return a state like the one it got, from init_fn, but"
+            f" {differing or f'it changed {same} to {jax.tree.structure(new_state)}'}"
+        )
+    return weights, new_state
 
 
 def from_coordinates(
@@ -232,9 +276,15 @@ def with_reference(
       A gradient transformation that aggregates stacked updates.
     """
     if reference is not None:
-        given = jnp.asarray(reference, float) - jnp.asarray(min_losses, float)
-        return from_losses(
-            lambda losses: weights_fn(losses, given), min_losses=min_losses
+        given = arguments.for_each_task(
+            "reference", reference, num_tasks, float
+        ) - arguments.for_each_task("min_losses", min_losses, num_tasks, float)
+        return from_state(
+            optax.EmptyState,
+            lambda state, losses: (weights_fn(losses, given), state),
+            num_tasks,
+            reads=["losses"],
+            min_losses=min_losses,
         )
 
     def init_fn():
@@ -288,12 +338,9 @@ def losses_above(losses: jax.Array, min_losses: names.PerTask | None) -> jax.Arr
     """
     if min_losses is None:
         return losses
-    bounds = jnp.asarray(min_losses, losses.dtype)
-    if bounds.ndim and bounds.shape != losses.shape:
-        raise ValueError(
-            f"min_losses has shape {bounds.shape}, but there are {len(losses)} tasks;"
-            " give one number, or one for each task"
-        )
+    bounds = arguments.for_each_task(
+        "min_losses", min_losses, len(losses), losses.dtype
+    )
     above = jnp.where(losses == 0, 0, losses - bounds)
     return jnp.where(above >= 0, above, jnp.nan)
 

@@ -64,8 +64,6 @@ which consumes the task axis
     """
     chain, params, shared, held, forwards = _chain_of(tx, params, shared)
     shared_part, heads = split(params, shared)
-    if not jax.tree.leaves((shared_part, heads)):
-        raise ValueError("the tree of parameters holds no arrays")
     if not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks is {num_tasks!r}; it should be a whole number")
     shape_of = lambda p, *axes: jax.ShapeDtypeStruct(

@@ -20,19 +20,21 @@ R = TypeVar("R")
 
 
 def by_name(
-    *per_task: str, of_tasks: Collection[str] = ()
+    *per_task: str, of_tasks: Collection[str] = (), at_first: Collection[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes options of a factory take the names of the tasks for their numbers.
 
     The names are known where the losses are: at each update, at trace time. There the
-    factory is called again, with numbers. Nothing that these options decide may be in
-    the initial state.
+    factory is called again, with numbers. What decides the initial state, before there
+    are losses, is numbered in the order of the sorted names, which is that of the
+    losses in a dict; losses in another order are refused then.
 
     Args:
       *per_task: options with one value for each task, which may be a dict from the
         names to the values.
       of_tasks: options that number a task, or all of them in an order, and which may
         name them.
+      at_first: those with one value for each task that decide the initial state.
 
     Returns:
       A decorator of the factory of a gradient transformation.
@@ -55,12 +57,12 @@ def by_name(
             named = {
                 option: value
                 for option, value in given.items()
-                if (option in per_task and isinstance(value, Mapping))
+                if (option in (*per_task, *at_first) and isinstance(value, Mapping))
                 or (option in of_tasks and _holds_names(value))
             }
             if not named:
                 return factory(*args, **kwargs)
-            return _resolved_later(factory, given, named)
+            return _resolved_later(factory, given, named, at_first)
 
         return make
 
@@ -77,15 +79,16 @@ def _resolved_later(
     factory: Callable[..., optax.GradientTransformationExtraArgs],
     given: dict[str, Any],
     named: dict[str, Any],
+    at_first: Collection[str],
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of a factory whose options are numbered at each update."""
 
-    # Numbered as they are listed: checks the values, and has the right initial state.
-    listed = {
-        option: _numbered(option, value, _names_in(value))
+    # Checks the values, and has the right initial state.
+    in_order = {
+        option: _numbered(option, value, sorted(_names_in(value), key=str))
         for option, value in named.items()
     }
-    init = factory(**(given | listed)).init
+    init = factory(**(given | in_order)).init
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
         count = tasks.check_stacked(updates, params, gram_suffices=True)
@@ -108,6 +111,14 @@ def _resolved_later(
         numbered = {
             option: _numbered(option, value, known) for option, value in named.items()
         }
+        for option in numbered:
+            if option in at_first and known != sorted(known):
+                raise ValueError(
+                    f"{option} by name counts on losses in the order of their sorted"
+                    " names, as in a dict, since the state is made before they are"
+                    f" known; but these come as {', '.join(map(repr, known))}: give one"
+                    " number for each in that order"
+                )
         return factory(**(given | numbered)).update(
             updates, state, params, losses=losses, **extra_args
         )
@@ -121,6 +132,8 @@ def _names_in(value: Any) -> list[str]:
 
 def _numbered(option: str, value: Any, known: Sequence[str]) -> Any:
     """A dict as the list of its values, a name as its number, names as a list."""
+    if len(set(_names_in(value))) < len(_names_in(value)):
+        raise ValueError(f"{option} is {value!r}; it should name each task once")
     for name in _names_in(value):
         if name not in known:
             near = nearest(name, known) if isinstance(name, str) else None

@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -172,7 +172,17 @@ def _count_tasks(updates: optax.Updates, params: optax.Params | None) -> int | N
             " floating-point parameters only",
         )
     if params is not None:
-        jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
+        structures: list[Any] = [jax.tree.structure(x) for x in (updates, params)]
+        try:
+            jax.tree_util.tree_map_with_path(_check_leaf, updates, params)
+        except ValueError as error:
+            if structures[0] == structures[1]:
+                raise
+            raise ValueError(
+                "the parameters that were handed to update are not those that the"
+                " gradients were taken of; with Equinox, hand over"
+                f" eqx.filter(model, eqx.is_inexact_array). {error}"
+            ) from error
     for path, leaf in leaves:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != jnp.shape(first)[0]:
             raise ValueError(
@@ -334,6 +344,9 @@ def names_of(losses: Any) -> list[str] | None:
     Args:
       losses: a dict of scalars, or a tree of dicts; for anything else there are none.
 
+    Raises:
+      ValueError: if two have one name, as in ``{"a": {"b": 1.0}, "a/b": 2.0}``.
+
     Examples:
       >>> from optax_mtl import tasks
       >>> tasks.names_of({"task2": 1.0, "task10": 2.0})
@@ -348,7 +361,37 @@ def names_of(losses: Any) -> list[str] | None:
         return None
     if not all(path and all(map(is_name, path)) for path in paths):
         return None
-    return [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
+    check_names_differ(names)
+    return names
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Refuses a name for two tasks.
+
+    Raises:
+      ValueError: for it.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two tasks have the name {name!r}, of {', '.join(map(repr, names))};"
+                " rename one"
+            )
+
+
+def check_same_names(losses: Any, others: Any, name: str) -> None:
+    """Refuses numbers by name that are those of other tasks than the losses.
+
+    Raises:
+      ValueError: if both have names, and these differ.
+    """
+    expected, found = names_of(losses), names_of(others)
+    if expected and found and expected != found:
+        raise ValueError(
+            f"{name} are those of the tasks {', '.join(map(repr, found))}, but the"
+            f" losses are those of {', '.join(map(repr, expected))}; use the same names"
+        )
 
 
 def gram(updates: optax.Updates) -> jax.Array:
@@ -559,7 +602,7 @@ def conflicts(gram: jax.Array, names: Any = None) -> Conflicts:
       are left out of every figure. ``print`` shows a summary.
 
     Raises:
-      ValueError: for a number of names other than T.
+      ValueError: for a number of names other than T, and for a name used twice.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -605,13 +648,21 @@ def _names_for(names: Any, num_tasks: int) -> tuple[str, ...]:
     """The names in a dict of losses or a sequence of text; none of anything else."""
     if names is None:
         return ()
+    if isinstance(names, np.ndarray):
+        names = names.tolist()
     known = names_of(names)
     if known is None:
         leaves = jax.tree.leaves(names)
-        # Losses without names, as a vector.
-        known = leaves if all(isinstance(x, str) for x in leaves) else []
-        if not known:
-            return ()
+        is_number = lambda x: hasattr(x, "shape") or isinstance(x, (int, float))
+        if all(map(is_number, leaves)):
+            return ()  # Losses without names, as a vector.
+        if not all(isinstance(x, str) for x in leaves):
+            raise TypeError(
+                f"names are {names!r}; hand over the dict of the losses, or a list of"
+                " text in the order of the gradients, that of the sorted names"
+            )
+        known = leaves
+        check_names_differ(known)
     if len(known) != num_tasks:
         raise ValueError(
             f"there are {len(known)} names, {', '.join(known)}, but the Gram matrix is"

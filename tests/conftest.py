@@ -13,7 +13,7 @@ os.environ.setdefault("NPROC", "32")
 # Compiling takes the time of the tests: a quarter of it with XLA's older emitters and
 # without LLVM's optimizations. .ci/run sets flags of its own, and newer versions of
 # XLA, which have one kind of emitter, are tested as users compile.
-if importlib.metadata.version("jaxlib") < "0.11":
+if [int(n) for n in importlib.metadata.version("jaxlib").split(".")[:2]] < [0, 11]:
     os.environ.setdefault(
         "XLA_FLAGS",
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from examples import arrays, progress, runs
-from examples.flags import Number
+from examples.flags import Number, UserError, run_program
 from examples.gcd import config as gcd
 from examples.gcd import data as gcd_data
 from examples.gcd import model as gcd_model
@@ -348,3 +348,27 @@ def test_what_is_said_does_not_wait_in_a_buffer(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.stdout", out)
         progress.say("step 1")
         assert (tmp_path / "out.txt").read_text() == "step 1\n"
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("--known 10: too many"), FileNotFoundError(2, "no", "a.npz")]
+)
+def test_what_a_user_can_set_right_ends_the_program_in_a_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_program(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f": error: {error}\n")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ValueError, match="axis"):
+        run_program(lambda: np.zeros(3).sum(axis=1))
+
+
+def test_flags_that_do_not_suit_the_data_are_errors_of_the_user():
+    config = gcd.parse(["--known", "11"])
+    with pytest.raises(UserError, match="--known 11"):
+        gcd_data.make_split(*gcd_data.load(config.data), config)

@@ -598,3 +598,41 @@ def test_other_bad_input_is_refused_with_a_remedy():
     fn = optax_mtl.value_and_grad(vector_fn, optax.identity(), mode="gram")
     with pytest.raises(TypeError, match="no method that consumes"):
         fn({"w": jnp.ones(2)}, ())
+
+
+def test_features_without_a_gradient_pass_by_the_method():
+    """A mask and a number, in a tree: the same as closed over by the heads."""
+    mask = INPUTS[:, 0] > 0
+    trunk = lambda params, x: jnp.tanh(x @ params["trunk"])
+
+    def heads(params, z, keep, scale):
+        kept = jnp.where(keep[:, None], z, 0)
+        return scale * jnp.mean((kept @ params["heads"]) ** 2, axis=0)
+
+    rng = np.random.default_rng(0)
+    params = {
+        "trunk": rng.normal(size=(INPUTS.shape[1], 5)).astype(np.float32),
+        "heads": rng.normal(size=(5, 3)).astype(np.float32),
+    }
+    for method, sum_batch in ((optax_mtl.mgda(), True), (optax_mtl.sam_gs(3), False)):
+        passed = optax_mtl.value_and_grad_at_features(
+            lambda params, x: {"z": trunk(params, x), "keep": mask, "scale": 2},
+            lambda params, z, x: heads(params, z["z"], z["keep"], z["scale"]),
+            method,
+            sum_batch=sum_batch,
+        )
+        closed = optax_mtl.value_and_grad_at_features(
+            trunk,
+            lambda params, z, x: heads(params, z, mask, 2),
+            method,
+            sum_batch=sum_batch,
+        )
+        found, expected = (
+            jax.jit(fn)(params, fn.init(params, INPUTS), INPUTS)[:2]
+            for fn in (passed, closed)
+        )
+        assert_close(found, expected)
+    with pytest.raises(TypeError, match="should return floating-point features, but"):
+        optax_mtl.value_and_grad_at_features(
+            lambda params, x: mask, heads, optax_mtl.mgda()
+        ).init(params, INPUTS)

@@ -180,6 +180,10 @@ MESSAGES = {
         lambda: value_and_task_grads(vector_fn, shared={"trunk": True})(PARAMS),
         "shared should have the structure of the parameters.*lambda path",
     ),
+    "other parameters than those of the gradients": (
+        lambda: upgrad().update(UPDATES, (), PARAMS | {"activation": jax.nn.relu}),
+        "not those that the gradients were taken of; with Equinox.* eqx.filter",
+    ),
     "no parameters for checked": (
         lambda: optax_mtl.checked(CHAIN).update(UPDATES, CHAIN.init(PARAMS)),
         r"update\(updates, state, params\)",

@@ -98,8 +98,7 @@ def test_every_option_for_tasks_takes_names():
                 re.MULTILINE,
             )
             if entry and re.search(r"shape\s+``\(T,\)``", entry[0]):
-                # What the state starts from is needed before any name is known.
-                assert (name, option) in known or option == "initial", (name, option)
+                assert (name, option) in known, (name, option)
     assert len(known) > 40
 
 
@@ -296,3 +295,102 @@ def test_names_follow_the_order_in_which_jax_lists_the_losses():
     assert optax_mtl.tasks.names_of(nested) == ["a", "b/x", "b/y"]
     for losses in (None, np.ones(2), [1.0, 2.0], {"all": np.ones(2)}):
         assert optax_mtl.tasks.names_of(losses) is None
+
+
+def test_the_first_state_may_be_given_by_name():
+    """Named log-variances are those in the order of the losses; another order is not.
+
+    The weights of the first step are exp(-s) / 2 by the paper's formula.
+    """
+    initial = dict(zip(LISTED, VALUES))
+    method = optax_mtl.uncertainty_weighting(3, initial=initial, min_losses=WEIGHTS)
+    state = method.init(None)
+    np.testing.assert_allclose(state.log_variances, NUMBERS)
+    ordered = collections.OrderedDict.fromkeys(LISTED, 3.0)  # JAX keeps this order.
+    update, state = method.update(jnp.eye(3), state, losses=dict(ordered))
+    np.testing.assert_allclose(update, np.exp(np.negative(NUMBERS)) / 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="initial by name counts on losses in the ord"):
+        method.update(jnp.eye(3), state, losses=ordered)
+    for wrong, message in [
+        ({"main": 1.0}, "initial has shape (1,), but there are 3 tasks"),
+        (WEIGHTS | {"mian": 1.0}, "shape (4,), but there are 3 tasks"),
+        ({"mian": 0.0, "task10": 0.0, "task2": 0.0}, "did you mean 'main'"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            method = optax_mtl.uncertainty_weighting(3, initial=wrong)
+            method.update(jnp.eye(3), method.init(None), losses=dict(ordered))
+
+
+def test_a_name_used_twice_is_refused():
+    nested = {"a": {"b": 1.0}, "a/b": 2.0}  # One name as a path, and as it stands.
+    gram = jnp.eye(2)
+    cases = [
+        (
+            lambda: optax_mtl.conflicts(gram, names=("a", "a")),
+            "two tasks have the name",
+        ),
+        (
+            lambda: optax_mtl.conflicts(gram, names=nested),
+            "two tasks have the name 'a/b",
+        ),
+        (
+            lambda: optax_mtl.linear({"a/b": 1.0}).update(gram, (), losses=nested),
+            "two tasks have the name 'a/b', of 'a/b', 'a/b'; rename one",
+        ),
+        (
+            lambda: optax_mtl.priority_projection(("a", "a")),
+            r"order is \('a', 'a'\); it should name each task once",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_labels_are_counted_for_the_tasks_that_have_losses():
+    """By the same names: in the order of others they would go to other tasks."""
+    losses_fn = lambda x, batch: {"a": x.sum() * batch.sum(), "c": x.sum()}
+    count = lambda batch: {"b": 1.0, "c": 2.0}
+    accumulate = optax_mtl.accumulate_task_grads(losses_fn, 2, num_labels=count)
+    tx = optax_mtl.multi_steps(optax_mtl.linear(), 2, 2)
+    message = "num_labels are those of the tasks 'b', 'c', but the losses are those of"
+    with pytest.raises(ValueError, match=message):
+        accumulate(X, jnp.ones(4))
+    with pytest.raises(ValueError, match=message):
+        losses = {"a": 1.0, "c": 2.0}
+        tx.update(jnp.eye(2), tx.init(X[:2]), losses=losses, num_labels=count(None))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMED if n != "priority_projection"])
+def test_one_number_for_each_task_or_one_for_all(name):
+    """Nothing between them, not even one in an array, and no axis more."""
+    for option, (named, values) in options_of(name).items():
+        if not isinstance(named, dict):
+            continue
+        for fixed, unread in VARIANTS.get(name, [({}, None)]):
+            if option == unread:
+                continue
+            for wrong in (values[:1], values[:2]):
+                with pytest.raises(ValueError, match=f"{option} (has shape|is )"):
+                    method = optax_mtl.get(name, 3, **fixed, **{option: wrong})
+                    losses = jnp.ones(3) * 4
+                    state = jax.eval_shape(method.init, X)
+                    step = lambda u, s, m=method, v=losses: m.update(u, s, losses=v)
+                    jax.eval_shape(step, jnp.ones((3, 3)), state)
+
+
+@pytest.mark.parametrize("mode", ["gram", "leafwise", "stacked"])
+def test_an_optimizer_gets_the_losses_by_name(mode):
+    """What follows the method reads what it would read in a chain."""
+    seen = []
+
+    def update(updates, state, params=None, *, losses, **extra_args):
+        seen.append(losses)
+        return updates, state
+
+    after = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    resolve = optax_mtl.value_and_grad(
+        losses_fn, optax_mtl.linear(), mode=mode, optimizer=after
+    )
+    jax.eval_shape(resolve, X, resolve.init(X))
+    assert [sorted(losses) for losses in seen] == [SORTED]

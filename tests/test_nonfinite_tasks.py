@@ -108,3 +108,42 @@ def test_a_scaled_view_still_knows_the_way_around():
     )
     update, _ = chain.update(view, chain.init(None), losses=jnp.array([2.0, 1, 0.5]))
     np.testing.assert_array_equal(update, rows[0] / 2 + rows[2] / 0.5)
+
+
+def test_what_is_not_finite_in_a_named_task_stays_there():
+    """In each way that goes from task to task; its head alone has it as well."""
+    names = ["a", "b", "c"]
+    params = {"trunk": np.float32([1, 2]), "heads": dict.fromkeys(names, np.float32(1))}
+    x = np.arange(1, 7, dtype=np.float32)[:, None] * np.float32([1, -1])
+
+    def losses_fn(params, x):
+        x = {"a": x, "b": jnp.where(x > 4, jnp.nan, x), "c": 2 * x}
+        out = {name: params["heads"][name] * (x[name] @ params["trunk"]) for name in x}
+        return jax.tree.map(jnp.mean, out)
+
+    shared = {"trunk": True, "heads": False}
+    ones = lambda x: dict.fromkeys(names, 1.0)
+    options = {"shared": shared}
+    fns = {
+        "stacked": optax_mtl.value_and_task_grads(losses_fn, **options),
+        "in turn": optax_mtl.value_and_task_grads(
+            losses_fn, sequential=True, **options
+        ),
+        "accumulated": optax_mtl.accumulate_task_grads(losses_fn, 3, **options),
+        "counted": optax_mtl.accumulate_task_grads(
+            losses_fn, 3, num_labels=ones, **options
+        ),
+    }
+    found = jax.jit(lambda: {name: fn(params, x) for name, fn in fns.items()})()
+    mean = x.mean(axis=0)
+    for name, (losses, grads) in found.items():
+        assert np.isnan(losses["b"]) and np.isnan(grads["heads"]["b"]), name
+        # By hand: the gradient of mean(h x . w) is h mean(x), and that of h the loss.
+        trunk = grads["trunk"]
+        np.testing.assert_allclose(trunk[0], mean, rtol=1e-6)
+        assert np.isnan(trunk[1]).any()
+        np.testing.assert_allclose(trunk[2], 2 * mean, rtol=1e-6)
+        for task, times in (("a", 1), ("c", 2)):
+            expected = times * mean @ params["trunk"]
+            np.testing.assert_allclose(grads["heads"][task], expected, rtol=1e-6)
+            np.testing.assert_allclose(losses[task], expected, rtol=1e-6)

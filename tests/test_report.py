@@ -1,8 +1,12 @@
-"""Conflicts that one can read: names beside the figures, and a tree as before."""
+"""Conflicts and states that one can read, and trees as before."""
+
+import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_mtl
@@ -28,8 +32,9 @@ def test_print_shows_names_norms_cosines_and_the_worst_pair():
     assert "array" not in repr(report).lower()
     numbered = str(optax_mtl.conflicts(gram))
     assert "most opposed: 1 and 2, cosine -0.71" in numbered
-    vector = optax_mtl.conflicts(gram, names=jnp.ones(4))  # Losses without names.
-    assert vector.names == ()
+    for losses in (jnp.ones(4), np.ones(4), [1.0, 2.0, 3.0, 4.0]):  # Without names.
+        assert optax_mtl.conflicts(gram, names=losses).names == ()
+    assert optax_mtl.conflicts(gram, names=np.array(NAMES)).names == NAMES
 
 
 def test_many_tasks_are_no_wall():
@@ -84,3 +89,60 @@ def test_the_report_is_a_tree_of_arrays_with_static_names():
 def test_as_many_names_as_tasks():
     with pytest.raises(ValueError, match="there are 2 names, a, b, but the Gram matr"):
         optax_mtl.conflicts(jnp.asarray(GRAM), names=["a", "b"])
+
+
+@pytest.mark.parametrize("names", [LOSSES.keys(), set(LOSSES), ["a", 2, "c", "d"]])
+def test_names_in_no_order_are_refused(names):
+    """Those of a dict come as it was written, and a set in any order."""
+    with pytest.raises(TypeError, match="hand over the dict of the losses, or a list"):
+        optax_mtl.conflicts(jnp.asarray(GRAM), names=names)
+
+
+def test_states_that_hold_gradients_are_one_line():
+    """No numbers of large arrays, whatever else the state is used for as before."""
+    rng = np.random.default_rng(0)
+    layer = lambda: {"kernel": rng.normal(size=(40, 30)), "bias": rng.normal(size=30)}
+    params = {"first": layer(), "last": layer()}
+    many = {f"layer{i}": layer() for i in range(30)}
+    own = [
+        name
+        for name, row in optax_mtl.METHODS.items()
+        if hasattr(row.make(3).init(params), "_fields")
+    ]
+    assert {"gcond", "m_config", "sam_gs", "excess_mtl", "bloop", "dwa"} < set(own)
+    for name in own:
+        state = optax_mtl.get(name, 3).init(params)
+        text = repr(state)
+        assert len(text) < 600 and text.count("\n") < 4, text
+        assert len(repr(optax_mtl.get(name, 3).init(many))) < 600
+        assert repr(pickle.loads(pickle.dumps(jax.device_get(state)))) == repr(
+            jax.device_get(state)
+        )
+    state = optax_mtl.gcond(2).init({"w": np.ones((4, 5), np.float32)})
+    assert repr(state) == (
+        "GCondState(previous={'w': float32[2,4,5]}, norms=[0., 0.],"
+        " arbitration=Arbitration(cosines=[[0., 0.], [0., 0.]], coefficients=[[0., 0.],"
+        " [0., 0.]], winners=[-1, -1, -1], iterations=0))"
+    )
+    chain = optax.chain(optax_mtl.upgrad(), optax.adam(0.1))
+    text = repr(optax_mtl.multi_steps(chain, 2, 3).init(many))
+    assert "acc_grads=<60 arrays, 110,700 numbers, float32>" in text
+    assert "ScaleByAdamState(count=0, mu=<60 arrays, 36,900 numbers, float32>" in text
+
+
+def test_states_without_values_are_shown_by_shape():
+    method = optax_mtl.bloop()
+    state = method.init(np.ones(2, np.float32))
+    assert repr(state) == "BloopState(steps=0, average=[0., 0.])"
+    shapes = "BloopState(steps=int32[], average=float32[2])"
+    assert repr(jax.eval_shape(lambda: state)) == shapes
+    seen = []
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        seen.append(repr(state))
+        return state
+
+    step(state)
+    assert seen == [shapes]
+    assert repr(state) == shapes  # Donated: it is no more.

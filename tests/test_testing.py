@@ -57,11 +57,6 @@ def test_a_method_that_reads_losses_passes():
         testing.check_law(law, of_gram(quarrels), reads=["losses"])
 
 
-def python_number(num_tasks):
-    step = lambda state, gram: (jnp.ones(len(gram)), Count(state.count))
-    return optax_mtl.from_state(lambda: Count(0), step, reads=["gram"])
-
-
 def of_three(num_tasks):
     """Works for three tasks alone, by a constant."""
     return optax_mtl.from_gram(lambda gram: gram @ jnp.ones(3) / jnp.trace(gram))
@@ -102,7 +97,7 @@ BROKEN = {  # The method, what it breaks, and what the message tells.
         r"shapes_and_types: .*the new state\.count is float32\[\], expected int32\[\]",
     ),
     "a state of Python numbers": (
-        python_number,
+        by_hand(counting, lambda params: Count(0)),
         r"initial_state: .*state\.count = 0 has no fixed dtype",
     ),
     "no extra arguments": (

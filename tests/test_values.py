@@ -631,8 +631,8 @@ def test_bad_options(make, message):
 @pytest.mark.parametrize(
     "method, message",
     [
-        (optax_mtl.upgrad(preference=[1.0, 1, 1]), "has 3 entries, but there are 2"),
-        (optax_mtl.graddrop(leak=[0.1, 0.1, 0.1]), "3 entries"),
+        (optax_mtl.upgrad(preference=[1.0, 1, 1]), r"shape \(3,\), but there are 2"),
+        (optax_mtl.graddrop(leak=[0.1] * 3), r"leak has shape \(3,\), but there are 2"),
         (optax_mtl.krum(1), "needs at least 4 tasks, but there are 2"),
         (optax_mtl.krum(0, num_selected=3), "cannot select"),
         (optax_mtl.trimmed_mean(1), "needs at least 3 tasks, but there are 2"),

@@ -11,6 +11,7 @@ import numpy as np
 from sklearn import datasets
 
 from examples import arrays
+from examples.flags import UserError
 from examples.gcd.config import Config
 
 IMAGE_KEYS = ("x", "x_train", "images")
@@ -61,16 +62,16 @@ def load(source: str) -> tuple[np.ndarray, np.ndarray]:
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in NORMALIZATION:
-        raise ValueError(
+        raise UserError(
             f"--data {source}: images have the shape {images.shape}, but must be "
             "(N, height, width) or (N, height, width, 1 or 3)"
         )
     if labels.shape != images.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"--data {source}: {len(images)} images, but labels of shape {labels.shape}"
         )
     if images.dtype != np.uint8:
-        raise ValueError(f"--data {source}: images are {images.dtype}, not uint8")
+        raise UserError(f"--data {source}: images are {images.dtype}, not uint8")
     return images, labels
 
 
@@ -81,7 +82,7 @@ def make_split(images: np.ndarray, labels: np.ndarray, config: Config) -> Split:
     num_classes = config.max_classes or len(names)
     num_known = config.known or num_classes // 2
     if num_classes > len(names) or num_known > num_classes:
-        raise ValueError(
+        raise UserError(
             f"--known {num_known} --max-classes {num_classes}, but the data have "
             f"{len(names)} classes"
         )
@@ -95,7 +96,7 @@ def make_split(images: np.ndarray, labels: np.ndarray, config: Config) -> Split:
     labelled = np.sort(rng.permutation(known)[:num_labelled])
     unlabelled = np.setdiff1d(np.arange(len(labels)), labelled)
     if len(labelled) == 0 or len(known) == len(labels):
-        raise ValueError(
+        raise UserError(
             f"--known {num_known} of {num_classes} classes and --labelled-share "
             f"{config.labelled_share} of their {len(known)} images leave "
             f"{len(labelled)} labelled images and {len(labels) - len(known)} of novel "
@@ -187,7 +188,7 @@ def _load_cifar(folder):
             try:
                 batch = pickle.load(file, encoding="bytes")
             except (pickle.UnpicklingError, EOFError, ValueError, KeyError):
-                raise ValueError(f"--data {path}: not a pickle of CIFAR") from None
+                raise UserError(f"--data {path}: not a pickle of CIFAR") from None
         images.append(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.extend(batch.get(b"fine_labels") or batch[b"labels"])
     return np.concatenate(images), np.array(labels)

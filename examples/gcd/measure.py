@@ -19,6 +19,7 @@ import jax
 from flax import nnx
 
 from examples import runs
+from examples.flags import run_program
 from examples.gcd import train
 from examples.gcd.config import parse
 
@@ -184,4 +185,4 @@ def _stepper(step, state, frozen, images):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

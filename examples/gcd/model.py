@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from examples import arrays
+from examples.flags import UserError
 
 
 class Preset(NamedTuple):
@@ -96,7 +97,7 @@ class ViT(nnx.Module):
     def __init__(self, preset: Preset, shape, dtype, rngs: nnx.Rngs):
         height, width, channels = shape
         if height % preset.patch or width % preset.patch:
-            raise ValueError(
+            raise UserError(
                 f"images of {height} x {width} do not divide into patches of "
                 f"{preset.patch}: choose another --preset or set --image-size"
             )
@@ -269,13 +270,13 @@ def load_backbone_weights(backbone: ViT, file: str) -> None:
         try:
             tensors = load_file(file)
         except SafetensorError as error:
-            raise ValueError(
+            raise UserError(
                 f"--backbone-weights {file}: not a safetensors file ({error})"
             ) from error
     else:
-        raise ValueError(f"--backbone-weights {file}: .safetensors or .npz is expected")
+        raise UserError(f"--backbone-weights {file}: .safetensors or .npz is expected")
     if not isinstance(backbone, ViT):
-        raise ValueError(
+        raise UserError(
             f"{file}: weights are for a ViT, not a {type(backbone).__name__}"
         )
 
@@ -285,18 +286,18 @@ def load_backbone_weights(backbone: ViT, file: str) -> None:
     for path_, value in nnx.to_flat_state(params):
         name, convert = _source(path_)
         if name not in tensors:
-            raise ValueError(f"{file}: the tensor {name} is missing")
+            raise UserError(f"{file}: the tensor {name} is missing")
         tensor = convert(np.asarray(tensors.pop(name), np.float32))
         if name == "pos_embed":
             tensor = _resize_positions(tensor, value.shape[1])
         if tensor.shape != value.shape:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {name} becomes {tensor.shape}, but the model needs "
                 f"{value.shape}: choose the --preset of these weights"
             )
         filled.append((path_, value.replace(jnp.asarray(tensor))))
     if tensors:
-        raise ValueError(
+        raise UserError(
             f"{file}: the model has no place for {', '.join(sorted(tensors)[:5])}"
         )
     nnx.update(backbone, nnx.from_flat_state(filled))
@@ -354,7 +355,7 @@ def _resize_positions(table, num_tokens):
         return table
     old, new = (round((n - 1) ** 0.5) for n in (table.shape[1], num_tokens))
     if new**2 + 1 != num_tokens or old**2 + 1 != table.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"pos_embed has {table.shape[1]} rows and the model needs {num_tokens}: "
             "both must be a square grid and the class token"
         )

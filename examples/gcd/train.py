@@ -25,6 +25,7 @@ from flax import nnx
 
 import optax_mtl
 from examples import runs
+from examples.flags import run_program
 from examples.gcd import config as config_lib
 from examples.gcd import data, model, objective, report
 from examples.gcd.config import COORDINATED, Config
@@ -529,4 +530,4 @@ def _in_words(results):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

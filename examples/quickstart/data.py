@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from examples import arrays
+from examples.flags import UserError
 
 
 class Digits(NamedTuple):
@@ -52,12 +53,12 @@ def _checked(found, part, path):
     images, labels = (arrays.first_of([name], found, "--data", path) for name in names)
     square = images.ndim == 3 and images.shape[1] == images.shape[2]
     if not square or images.dtype != np.uint8:
-        raise ValueError(
+        raise UserError(
             f"--data {path}: expected {names[0]} in uint8 and of shape (N, size, "
             f"size), found {images.dtype} {images.shape}"
         )
     if labels.shape != images.shape[:1] or not np.isin(labels, range(10)).all():
-        raise ValueError(
+        raise UserError(
             f"--data {path}: expected a digit from 0 to 9 for each of the "
             f"{len(images)} images in {names[1]}"
         )

@@ -21,6 +21,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import optax_mtl
+from examples.flags import run_program
 from examples.progress import bar, say
 from examples.quickstart import config, data, model, report
 from optax_mtl import nnx as mtl_nnx
@@ -169,4 +170,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from examples import arrays
+from examples.flags import UserError
 from examples.ssl.config import Config
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -38,7 +39,7 @@ class Photos:
             with Image.open(file) as image:
                 return np.array(ImageOps.fit(image.convert("RGB"), (self.size,) * 2))
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"--image-folder: {file} is not an image") from error
+            raise UserError(f"--image-folder: {file} is not an image") from error
 
 
 class Images(NamedTuple):
@@ -85,13 +86,13 @@ def load(config: Config) -> Images:
     order = order[: config.max_images or None]
     num_valid = round(config.valid_share * len(order))
     if not 0 < num_valid < len(order):
-        raise ValueError(
+        raise UserError(
             f"--valid-share {config.valid_share} of {len(order)} images leaves none "
             "to train or none to validate on"
         )
     valid, train = order[:num_valid], order[num_valid:]
     if len(train) < config.batch_size:
-        raise ValueError(
+        raise UserError(
             f"--batch-size {config.batch_size} is more than the {len(train)} images "
             "to train on"
         )
@@ -99,7 +100,7 @@ def load(config: Config) -> Images:
     if config.image_folder:
         parts = tuple(Photos(files, config.image_size) for files in parts)
     if config.third_task == "classification" and labels.max() == 0:
-        raise ValueError("--third-task classification: all images have the same label")
+        raise UserError("--third-task classification: all images have the same label")
     return Images(*parts, labels[train], labels[valid])
 
 
@@ -146,7 +147,7 @@ def _cut_photos(size):
         *load_sample_images().images,
     ]
     if size > min(min(photo.shape[:2]) for photo in photos):
-        raise ValueError(f"--image-size {size} is larger than a photo")
+        raise UserError(f"--image-size {size} is larger than a photo")
     patches, labels = [], []
     for label, photo in enumerate(photos):
         rows, columns = photo.shape[0] // size, photo.shape[1] // size
@@ -161,7 +162,7 @@ def _load_file(path):
     found = arrays.load("--data", path)
     images = arrays.first_of(("x", "x_train", "images"), found, "--data", path)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(
+        raise UserError(
             f"--data {path}: expected images in uint8 and of shape (N, H, W) or "
             f"(N, H, W, C), found {images.dtype} {images.shape}"
         )
@@ -170,7 +171,7 @@ def _load_file(path):
     label = next((x for x in ("y", "y_train", "label", "labels") if x in found), None)
     labels = found[label] if label else np.zeros(len(images), np.int32)
     if labels.shape != (len(images),):
-        raise ValueError(
+        raise UserError(
             f"--data {path}: expected one label for each of the {len(images)} images "
             f"in {label}, found shape {labels.shape}"
         )
@@ -183,7 +184,7 @@ def _find_photos(folder):
         raise FileNotFoundError(f"--image-folder {folder}: no such folder")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
     if not files:
-        raise ValueError(f"--image-folder {folder}: no images in it")
+        raise UserError(f"--image-folder {folder}: no images in it")
     classes = [str(file.relative_to(folder).parent.parts[:1]) for file in files]
     _, labels = np.unique(classes, return_inverse=True)
     return np.array(files, object), labels.astype(np.int32)

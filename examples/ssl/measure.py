@@ -20,6 +20,7 @@ import re
 import statistics
 
 from examples import runs
+from examples.flags import run_program
 from examples.ssl import config as config_lib
 from examples.ssl import data, report, train
 from examples.ssl.config import Config
@@ -148,4 +149,4 @@ def plot(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from examples.flags import UserError
 from examples.ssl.config import Config
 from examples.ssl.data import Batch, Images
 
@@ -195,10 +196,10 @@ def num_patches(config: Config) -> int:
     """Number of patches in an image; raises ValueError if they do not fit."""
     if config.encoder not in ENCODERS:
         known = ", ".join(ENCODERS)
-        raise ValueError(f"--encoder {config.encoder}: known are {known}")
+        raise UserError(f"--encoder {config.encoder}: known are {known}")
     patch = ENCODERS[config.encoder].patch
     if config.image_size % patch:
-        raise ValueError(
+        raise UserError(
             f"--image-size {config.image_size}: expected a multiple of the patch of "
             f"{config.encoder}, {patch} pixels"
         )
@@ -210,7 +211,7 @@ def num_masked(config: Config) -> int:
     count = num_patches(config)
     masked = round(config.mask_ratio * count)
     if not 0 < masked < count:
-        raise ValueError(
+        raise UserError(
             f"--mask-ratio {config.mask_ratio} of {count} patches hides none or all"
         )
     return masked

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_mtl
 from examples import runs
+from examples.flags import UserError, run_program
 from examples.progress import bar, say
 from examples.ssl import config as config_lib
 from examples.ssl import data, model, report
@@ -258,9 +259,9 @@ def _devices(config):
     """How states and batches are placed on a mesh over the devices."""
     count = config.devices or jax.device_count()
     if count > jax.device_count():
-        raise ValueError(f"--devices {count}: there are only {jax.device_count()}")
+        raise UserError(f"--devices {count}: there are only {jax.device_count()}")
     if config.batch_size % (count * config.micro_batches):
-        raise ValueError(
+        raise UserError(
             f"--batch-size {config.batch_size} does not split into "
             f"--micro-batches {config.micro_batches} on {count} devices"
         )
@@ -276,4 +277,4 @@ def _in_words(values):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -44,7 +44,7 @@ def get(
       ...
       ValueError: there is no method 'pcgradd'; did you mean 'pcgrad'?
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"there is no method {name!r}; {hint(name, METHODS)}")
     return METHODS[name].make(num_tasks, **options)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from optax_mtl import names
+from optax_mtl import arguments, names
 
 Factory = Callable[..., optax.GradientTransformationExtraArgs]
 
@@ -36,6 +36,7 @@ def row(
     known = list(inspect.signature(factory).parameters)
 
     def make(num_tasks: int, **options: Any) -> optax.GradientTransformationExtraArgs:
+        arguments.check_count("num_tasks", num_tasks)
         for option in options:
             if option not in known:
                 meant = hint(option, [name for name in known if name != "num_tasks"])
@@ -55,9 +56,9 @@ def row(
     )
 
 
-def hint(name: str, known: Collection[str]) -> str:
+def hint(name: Any, known: Collection[str]) -> str:
     """What the user may have meant."""
-    near = names.nearest(name, known)
+    near = names.nearest(name, known) if isinstance(name, str) else None
     if near:
         return f"did you mean {near!r}?"
     return f"known are {', '.join(sorted(known)) or 'none'}"

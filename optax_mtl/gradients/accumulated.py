@@ -10,7 +10,13 @@ import optax
 
 from optax_mtl import arguments, base, tasks
 from optax_mtl.gradients import averaging
-from optax_mtl.gradients.backward import stack_task_losses, take_aux
+from optax_mtl.gradients.backward import (
+    check_losses_floating,
+    pull_back_in_turn,
+    stack_task_losses,
+    take_aux,
+    vector_fn,
+)
 from optax_mtl.gradients.own_data import own_gradients, own_losses
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels
@@ -133,6 +139,7 @@ def accumulate_task_grads(
         like = jax.eval_shape(losses_fn, params, *first, **kwargs)
         like, _ = take_aux(like, has_aux)
         num_tasks = jax.eval_shape(stack_task_losses, like).size
+        check_losses_floating(like)
         per_task = num_microbatches
         if one_task_each:
             per_task = averaging.calls_of_each_task(
@@ -151,24 +158,22 @@ def accumulate_task_grads(
 
         weights = None
         if num_labels is not None:
-            labels_of = partial(num_labels, **kwargs)
+            counts_of = partial(num_labels, **kwargs)
             if own_data:
-                count = lambda _, *batch: num_labels(*batch, **kwargs)
-                labels_of = partial(own_losses(count, False), None)
-            weights = _shares(labels_of, batches, num_tasks, one_task_each)
+                of_one = lambda _, *batch: num_labels(*batch, **kwargs)
+                counts_of = partial(own_losses(of_one, False), None)
+            counts = jax.eval_shape(counts_of, *first)
+            tasks.check_same_names(like, counts, "num_labels")
+            weights = _shares(counts_of, batches, num_tasks, one_task_each)
 
         def add_all_tasks(average, inputs):
             step, batch, weight = inputs
 
-            def losses_of(shared_part, heads):
-                params = merge(shared_part, heads)
-                value = losses_fn(params, *batch, **kwargs)
-                losses = value[0] if has_aux else value
-                return stack_task_losses(losses), value
-
-            vector, pull_back, value = jax.vjp(
-                losses_of, shared_part, heads, has_aux=True
+            primals = shared_part, heads
+            losses, push_forward, value = jax.linearize(
+                vector_fn(losses_fn, has_aux, batch, kwargs), *primals, has_aux=True
             )
+            vector = tasks.stack_losses(losses, None)
             cotangents = jnp.ones_like(vector)
             rates, counts = (jnp.ones(num_tasks),) * 2, average.counts
             if weight is None:
@@ -176,18 +181,22 @@ def accumulate_task_grads(
             else:
                 cotangents = cotangents * weight.astype(vector.dtype)
 
+            listed = isinstance(losses, list)
+            of_all = lambda rows: list(rows) if listed else rows
+            pull_back_from = pull_back_in_turn(push_forward, primals, losses)
+
             def add_task(total, inputs):
                 task, cotangent, rates = inputs
-                return averaging.add_at(
-                    total, task, pull_back(cotangent)[0], rates
-                ), None
+                grads, _ = pull_back_from(task, cotangent)
+                return averaging.add_at(total, task, grads, rates), None
 
             if own_data:
                 total = add_own(average.shared, batch, cotangents, rates)
             else:
-                each = (jnp.arange(num_tasks), jnp.diag(cotangents), rates)
+                each = (jnp.arange(num_tasks), of_all(jnp.diag(cotangents)), rates)
                 total, _ = jax.lax.scan(add_task, average.shared, each)
-            grads = pull_back(cotangents)[1]
+            pull_back = jax.linear_transpose(push_forward, *primals)
+            grads = pull_back(of_all(cotangents))[1]
             new = averaging.Average(total, counts, average.heads, average.head_counts)
             aux = value[1] if has_aux else None
             return averaging.add_heads(new, grads, 0, weight is None), (vector, aux)

@@ -15,7 +15,7 @@ from optax_mtl.gradients.backward import (
     take_aux,
 )
 from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
-from optax_mtl.gradients.sharing import split
+from optax_mtl.gradients.sharing import merge, split
 
 
 def value_and_grad_at_features(
@@ -41,7 +41,8 @@ def value_and_grad_at_features(
 
     Args:
       trunk_fn: maps the parameters and further arguments to the features, an array
-        or a tree of arrays.
+        or a tree of arrays. Those that are not floating point, such as masks, pass by
+        the method to the heads.
       heads_fn: maps the parameters, the features and the same further arguments to
         the losses, as in :func:`value_and_task_grads`.
       method: any method, or a chain that begins with one, at the features.
@@ -100,19 +101,22 @@ def value_and_grad_at_features(
         value = jax.eval_shape(trunk_fn, params, *args, **kwargs)
         features, _ = take_aux(value, has_aux, "trunk_fn")
         zeros = lambda z: jnp.zeros(z.shape, z.dtype)
-        return method.init(jax.tree.map(zeros, features))
+        return method.init(jax.tree.map(zeros, _split_features(features)[0]))
 
     def fn(params, state, *args, **kwargs):
         def features_of(params):
-            return take_aux(trunk_fn(params, *args, **kwargs), has_aux, "trunk_fn")
+            value = trunk_fn(params, *args, **kwargs)
+            features, aux = take_aux(value, has_aux, "trunk_fn")
+            features, others = _split_features(features)
+            return features, (others, aux)
 
         split(params, None)  # Validates the parameters.
-        features, pull_back_trunk, trunk_aux = jax.vjp(
+        features, pull_back_trunk, (others, trunk_aux) = jax.vjp(
             features_of, params, has_aux=True
         )
 
         def losses_of(params, features):
-            value = heads_fn(params, features, *args, **kwargs)
+            value = heads_fn(params, merge(features, others), *args, **kwargs)
             losses, _ = take_aux(value, has_aux, "heads_fn")
             return separate_losses(losses), value
 
@@ -138,3 +142,19 @@ def value_and_grad_at_features(
     if optimizer is None:
         return Resolver(init, fn)
     return with_optimizer(Resolver(init, fn), optimizer, has_aux, init_call)
+
+
+def _split_features(features: Any) -> tuple[Any, Any]:
+    """Those with a gradient, and the others, such as masks; None stands for a hole."""
+    has_gradient = lambda z: jnp.issubdtype(jnp.result_type(z), jnp.inexact)
+    mask = jax.tree.map(has_gradient, features)
+    if not any(jax.tree.leaves(mask)):
+        raise TypeError(
+            "trunk_fn should return floating-point features, but returned shapes"
+            f" {jax.tree.map(jnp.shape, features)} of dtypes"
+            f" {[str(jnp.result_type(z)) for z in jax.tree.leaves(features)]}"
+        )
+    pick = lambda keep: jax.tree.map(
+        lambda z, m: z if m is keep else None, features, mask
+    )
+    return pick(True), pick(False)

@@ -31,13 +31,30 @@ def vector_fn(losses_fn, has_aux, args, kwargs):
 def separate_losses(losses: Any) -> jax.Array | list[jax.Array]:
     """A list of named losses, or a vector."""
     vector = stack_task_losses(losses)
+    check_losses_floating(losses)
     if hasattr(losses, "shape"):
         return vector
     return [x.astype(vector.dtype) for x in map(jnp.asarray, jax.tree.leaves(losses))]
 
 
+def check_losses_floating(losses: Any) -> None:
+    """Refuses losses that have no gradient; a Python number is a constant.
+
+    Raises:
+      TypeError: for one.
+    """
+    for path, x in jax.tree_util.tree_leaves_with_path(losses):
+        is_array = hasattr(x, "dtype") and not getattr(x, "weak_type", False)
+        if is_array and not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(
+                f"losses{jax.tree_util.keystr(path)} has dtype {x.dtype}, and so no"
+                " gradient; return what is not to be minimised, such as numbers of"
+                " hits, as auxiliary data by has_aux=True"
+            )
+
+
 def basis_of(losses):
-    """Cotangents of each loss, stacked, in the structure of the losses."""
+    """Cotangents of each loss, stacked: an array or a list of arrays, ``(T, T)``."""
     # Unlike jnp.eye, this varies over devices under shard_map as the losses do.
     basis = jnp.diag(jnp.ones_like(tasks.stack_losses(losses, None)))
     return list(basis) if isinstance(losses, list) else basis
@@ -85,6 +102,31 @@ def pull_back_one(push_forward, primals, task, cotangent):
     # Transposed by itself, so that only the head of this task is traversed.
     one = lambda *tangents: push_forward(*tangents)[task]
     return jax.linear_transpose(one, *primals)(cotangent)
+
+
+def pull_back_in_turn(push_forward, primals, losses):
+    """A function of the number of a loss and its cotangent to the gradients.
+
+    For a loop over the losses, one at a time. Out of a list of up to MAX_APART each is
+    pulled back by itself, so that what is not finite in one stays in its gradient.
+
+    Args:
+      push_forward: linear function of tangents like the primals.
+      primals: what the gradients are taken of.
+      losses: an array of shape ``(T,)`` or a list of scalars.
+
+    Returns:
+      A function of a number and a row of :func:`basis_of`, or a multiple of it.
+    """
+    if not isinstance(losses, list) or len(losses) > MAX_APART:
+        pull_back = jax.linear_transpose(push_forward, *primals)
+        return lambda task, cotangent: pull_back(cotangent)
+
+    def pull_back_from(task, cotangent):
+        branch = lambda i: lambda: pull_back_one(push_forward, primals, i, cotangent[i])
+        return jax.lax.switch(task, [branch(i) for i in range(len(losses))])
+
+    return pull_back_from
 
 
 def pull_back_some(push_forward, primals, weights, keep):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, guards, tasks
+from optax_mtl import arguments, base, guards, report, tasks
 from optax_mtl.gradients import averaging
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels, mask_of
@@ -22,6 +22,9 @@ class MultiStepsState(NamedTuple):
     counts: jax.Array  # Labels of each task, or calls with any, shape `(T,)`.
     head_counts: Any  # The same for each head.
     inner_opt_state: optax.OptState  # Of the wrapped chain.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def multi_steps(
@@ -114,6 +117,7 @@ def multi_steps(
         if isinstance(updates, tasks.GramView):
             updates.refuse("multi_steps, which accumulates them,")
         handed = losses
+        tasks.check_same_names(losses, num_labels, "num_labels")
         mask = mask_of(updates if params is None else params, shared, "shared")
         (shared_part, heads), (totals, head_totals) = (
             split(tree, mask) for tree in (updates, state.acc_grads)

@@ -13,7 +13,7 @@ from optax_mtl.gradients.backward import (
     MAX_APART,
     basis_of,
     pull_back_each,
-    pull_back_one,
+    pull_back_in_turn,
     pull_back_some,
     take_aux,
     vector_fn,
@@ -87,7 +87,8 @@ def value_and_grad(
         :func:`value_and_task_grads`: ``losses_fn`` returns the loss of one task, and
         all of them cost one pass over the data, or two where not all gradients are
         held; the mode ``"gram"`` is the same as ``"leafwise"`` then.
-      optimizer: makes updates of all parameters, shared or not, out of that gradient.
+      optimizer: makes updates of all parameters, shared or not, out of that gradient;
+        the losses reach it as ``losses_fn`` returns them, as in a chain.
 
     Returns:
       A function of the parameters, the state and further arguments that returns
@@ -234,8 +235,7 @@ def _view(mode, push_forward, primals, losses):
         return pull_back_some(push_forward, primals, weights, keep)[0]
 
     def pull_back_apart(task, cotangent):
-        branch = lambda i: lambda: pull_back_one(push_forward, primals, i, cotangent[i])
-        return jax.lax.switch(task, [branch(i) for i in range(len(vector))])[0]
+        return pull_back_in_turn(push_forward, primals, losses)(task, cotangent)[0]
 
     if mode == "gram":
         apart = lambda: by_columns(pull_back_apart)

@@ -70,7 +70,8 @@ def with_optimizer(
 
     Args:
       resolver: of a method.
-      optimizer: receives the gradient of all parameters, and the losses.
+      optimizer: receives the gradient of all parameters, and the losses as the method
+        does, with their names.
       has_aux: whether the resolver returns a pair, losses and auxiliary data.
       init_call: how the right state is made, for the error.
     """
@@ -89,7 +90,7 @@ def with_optimizer(
         method_state, optimizer_state = state
         _check_state(optimizer, optimizer_state, params, "optimizer", init_call)
         value, grads, method_state = resolver(params, method_state, *args, **kwargs)
-        losses = tasks.stack_losses(value[0] if has_aux else value, None)
+        losses = value[0] if has_aux else value
         updates, optimizer_state = optimizer.update(
             grads, optimizer_state, params, losses=losses
         )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import optax
 
 from optax_mtl import labels, tasks
 
@@ -12,8 +13,15 @@ def split(tree: Any, shared: labels.Labels | None) -> tuple[Any, Any]:
 
     Raises:
       TypeError: for leaves that are not floating point.
-      ValueError: if none is shared.
+      ValueError: if none is shared, or there is none, unless a group of
+        :func:`optax.partition` has none.
     """
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    if not jax.tree.leaves(tree, is_leaf=is_masked):
+        raise ValueError(
+            "the tree of parameters holds no arrays, so that there is nothing to"
+            f" differentiate with respect to: {jax.tree.structure(tree)}"
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         tasks.check_floating(
             f"the parameter params{jax.tree_util.keystr(path)}",

@@ -11,6 +11,7 @@ from optax_mtl import arguments
 from optax_mtl.gradients.backward import (
     basis_of,
     pull_back_each,
+    pull_back_in_turn,
     vector_fn,
 )
 from optax_mtl.gradients.disjoint import warn_of_own_data
@@ -103,8 +104,11 @@ def value_and_task_grads(
         if sequential or not isinstance(losses, list):
             warn_of_own_data(losses_fn, has_aux, params, args, kwargs, len(losses))
         if sequential:
+            pull_back_from = pull_back_in_turn(push_forward, primals, losses)
+            basis = basis_of(losses)
+            numbers = jnp.arange(len(losses))
             updates = jax.lax.map(
-                lambda cotangent: pull_back(cotangent)[0], basis_of(losses)
+                lambda inputs: pull_back_from(*inputs)[0], (numbers, basis)
             )
         else:
             updates = pull_back_each(push_forward, primals, losses)[0]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, base, names, report, tasks
 
 
 class EnergyGateState(NamedTuple):
@@ -15,6 +15,9 @@ class EnergyGateState(NamedTuple):
     average: optax.Updates  # Moving average of the updates.
     counts: optax.Updates  # Energies seen, shape `(num_tasks,)` for each tensor.
     energies: optax.Updates  # Moving averages of the energies, likewise.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 @names.by_name("boost")
@@ -121,7 +124,8 @@ def energy_gate(
 
     def resolve(g, energy, usual, count, exists):
         usual = usual / (1 - energy_decay ** jnp.maximum(count, 1))
-        factor = jnp.asarray(boost) / jnp.where(usual > 0, usual, 1)
+        boosts = arguments.for_each_task("boost", boost, num_tasks)
+        factor = boosts / jnp.where(usual > 0, usual, 1)
         # Energies may add up to more than each of them is.
         factor = jnp.where(jnp.isfinite(usual), factor, jnp.nan)
         # Energies of zero become the smallest number, and stay equal to each other.

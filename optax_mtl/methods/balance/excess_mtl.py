@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, report, tasks
 
 
 class ExcessMTLState(NamedTuple):
@@ -16,6 +16,9 @@ class ExcessMTLState(NamedTuple):
     logits: jax.Array  # Logarithms of the weights, largest 0, shape `(T,)`.
     counts: jax.Array  # Steps of each task, up to the warm-up, shape `(T,)`.
     initial: jax.Array  # Sum of the excess risks in the warm-up, shape `(T,)`.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def excess_mtl(

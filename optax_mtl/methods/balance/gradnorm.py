@@ -103,7 +103,9 @@ def gradnorm(
         first = exists & (state.initial_losses == 0)
         at_first = losses
         if initial_losses is not None:
-            given = jnp.asarray(initial_losses) - jnp.asarray(min_losses)
+            given = arguments.for_each_task(
+                "initial_losses", initial_losses, num_tasks
+            ) - jnp.asarray(min_losses)
             at_first = jnp.where(given != 0, given, losses)
         initial = jnp.where(first, at_first, state.initial_losses)
         # Among the tasks that are present, the weights sum to their number.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, report, tasks
 
 
 class SAMGSState(NamedTuple):
@@ -16,6 +16,9 @@ class SAMGSState(NamedTuple):
     momentum: optax.Updates  # Moving averages of the gradients, one per task.
     steps: jax.Array  # Dissimilarities seen.
     dissimilarity: jax.Array  # Moving average of the squared dissimilarity.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def sam_gs(

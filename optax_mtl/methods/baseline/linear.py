@@ -41,12 +41,12 @@ def linear(
       Kurin et al, `In Defense of the Unitary Scalarization for Deep Multi-Task
       Learning <https://arxiv.org/abs/2201.04122>`_, NeurIPS 2022
     """
-    preference = jnp.asarray(arguments.check_preference(weights))
-    return base.from_state(
-        optax.EmptyState,
-        lambda state, count: (arguments.broadcast_preference(preference, count), state),
-        reads=[],
-    )
+    preference = arguments.check_preference(weights)
+
+    def step(state, count):
+        return arguments.for_each_task("weights", preference, count), state
+
+    return base.from_state(optax.EmptyState, step, reads=[])
 
 
 def mean() -> optax.GradientTransformationExtraArgs:

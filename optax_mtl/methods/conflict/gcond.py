@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, report, tasks
 
 
 class Arbitration(NamedTuple):
@@ -24,6 +24,9 @@ class GCondState(NamedTuple):
     previous: optax.Updates  # Directions of the last gradients, one per task.
     norms: jax.Array  # Running mean of the norms, shape `(num_tasks,)`; 0: not seen.
     arbitration: Arbitration  # The last one; its winners serve the next.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def gcond(

@@ -84,7 +84,7 @@ def graddrop(
         num_tasks = tasks.check_stacked(updates, params)
         if num_tasks is None:
             return updates, state
-        leaks = arguments.broadcast_preference(jnp.asarray(leak), num_tasks)
+        leaks = arguments.for_each_task("leak", leak, num_tasks)
         next_key, leaf_key = jax.random.split(arguments.key_of(state.key, key))
         keys = optax.tree.split_key_like(leaf_key, updates)
         drop = lambda x, key: _drop_signs(x, key, leaks, keep)

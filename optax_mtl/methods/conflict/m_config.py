@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, report, tasks
 from optax_mtl.methods.conflict.config import config_weights
 
 
@@ -18,6 +18,9 @@ class MConFIGState(NamedTuple):
     direction: optax.Updates  # The last direction, with its bias as a moment.
     second: optax.Updates  # Second moment of what the direction averages.
     steps: jax.Array  # Number of directions so far, scalar.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 def m_config(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names
+from optax_mtl import arguments, base, names, report
 
 
 class DWAState(NamedTuple):
@@ -14,6 +14,9 @@ class DWAState(NamedTuple):
 
     seen: jax.Array  # Number of losses of each task so far, shape `(T,)`.
     history: jax.Array  # Losses of the last `2 * window` steps, `(2 * window, T)`.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 @names.by_name("min_losses")

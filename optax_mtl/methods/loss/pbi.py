@@ -61,7 +61,8 @@ def pbi(
 
     def weights_fn(losses):
         r = arguments.preference_of_losses(preference, losses)
-        gaps = jnp.where(losses != 0, losses - jnp.asarray(reference, losses.dtype), 0)
+        z = arguments.for_each_task("reference", reference, len(losses), losses.dtype)
+        gaps = jnp.where(losses != 0, losses - z, 0)
         return pbi_weights(gaps, r, theta)
 
     return base.from_losses(weights_fn)

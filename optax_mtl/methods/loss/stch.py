@@ -84,12 +84,13 @@ def stch(
 
     if objective == "linear":
 
-        def linear_fn(losses):
+        def step(state, losses):
             p = arguments.preference_of_losses(preference, losses)
-            z = 0.0 if reference is None else jnp.asarray(reference, losses.dtype)
-            return stch_linear_weights(losses, z, p, mu)
+            given = 0.0 if reference is None else reference
+            z = arguments.for_each_task("reference", given, num_tasks, losses.dtype)
+            return stch_linear_weights(losses, z, p, mu), state
 
-        return base.from_losses(linear_fn)
+        return base.from_state(optax.EmptyState, step, num_tasks, reads=["losses"])
 
     return base.with_reference(
         lambda losses, nadir: stch_weights(losses, nadir, mu),

@@ -21,12 +21,12 @@ class UncertaintyWeightingState(NamedTuple):
     optimizer_state: Any  # Of the inner optimizer, one for each task.
 
 
-@names.by_name("form", "min_losses")
+@names.by_name("form", "min_losses", at_first=["initial"])
 def uncertainty_weighting(
     num_tasks: int,
     *,
     form: str | Sequence[str] | Mapping[str, str] = "regression",
-    initial: jax.typing.ArrayLike = 0.0,
+    initial: names.PerTask = 0.0,
     optimizer: optax.GradientTransformation | None = None,
     min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,9 +48,8 @@ def uncertainty_weighting(
         continuous targets; ``"classification"`` (1, 1/2), its form for categorical
         ones; ``"tutorial"`` (1, 1), which is :math:`L_i / \sigma_i^2 + \log
         \sigma_i^2`. One for all tasks, one for each, or a dict by name.
-      initial: log-variances at first, one number or shape ``(T,)``, in the order of
-        the losses: their names are not known at first. Some implementations begin at
-        -0.5.
+      initial: log-variances at first, one number, shape ``(T,)`` or a dict by name.
+        Some implementations begin at -0.5.
       optimizer: for the log-variances; by default ``optax.adam(0.025)``.
       min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
         name, from which they are counted. Below its bound there is no optimum, and the
@@ -96,7 +95,10 @@ def uncertainty_weighting(
     inner = optax.adam(0.025) if optimizer is None else optimizer
 
     def init_fn():
-        log_variances = jnp.full(num_tasks, jnp.asarray(initial), float)
+        # In a buffer of its own, whoever holds the initial ones.
+        log_variances = jnp.array(
+            arguments.for_each_task("initial", initial, num_tasks, float)
+        )
         return UncertaintyWeightingState(
             log_variances, jax.vmap(inner.init)(log_variances)
         )

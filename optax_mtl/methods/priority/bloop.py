@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, base, names, report, tasks
 
 
 class BloopState(NamedTuple):
@@ -14,6 +14,9 @@ class BloopState(NamedTuple):
 
     steps: jax.Array  # Primary gradients seen.
     average: optax.Updates  # Moving average of the primary gradient.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 @names.by_name(of_tasks=["primary"])

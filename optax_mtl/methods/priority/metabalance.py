@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, base, names, report, tasks
 
 # What the ratio of the norms is clipped to.
 _STRATEGIES = {"both": (0, jnp.inf), "reduce": (0, 1), "enlarge": (1, jnp.inf)}
@@ -17,6 +17,9 @@ class MetaBalanceState(NamedTuple):
 
     counts: optax.Updates  # Gradients seen, shape `(num_tasks,)` for each tensor.
     norms: optax.Updates  # Moving averages of their norms, likewise.
+
+    def __repr__(self):
+        return report.describe_state(self)
 
 
 @names.by_name(of_tasks=["primary"])

@@ -90,7 +90,8 @@ def pcd(
         rate = (1 - decay) / (1 - decay ** jnp.maximum(counts, 1))
         change = jnp.diagonal(gram) - state.squared_norms
         average = state.squared_norms + jnp.where(exists, rate * change, 0)
-        weights = pcd_weights(gram, average, jnp.asarray(tau), main)
+        fractions = arguments.for_each_task("tau", tau, num_tasks)
+        weights = pcd_weights(gram, average, fractions, main)
         return weights, PCDState(counts, average)
 
     return base.from_state(init_fn, step, num_tasks, reads=["gram"])
