@@ -321,7 +321,7 @@ def test_functions_at_the_features():
         (optax_mtl.coordinate, (z,), anchored, "loss_scale", POSITIVE),
         (optax_mtl.fit_conceptor, (z,), {}, "aperture", AT_LEAST_0),
         (optax_mtl.fit_conceptor, (z,), {}, "relative", FLAG),
-        (optax_mtl.from_state, (optax.EmptyState, None), {}, "reads", [["grams"]]),
+        (optax_mtl.from_state, (optax.EmptyState, max), {}, "reads", [["grams"]]),
     ]
     for fn, args, kwargs, argument, values in calls:
         for value in values:
