@@ -5,9 +5,10 @@
     python -m benchmarks.step --clock cpu          # On a machine shared with others
 
 The same trunk with one small head a task, here by ``value_and_grad`` as it is by
-default, and in PyTorch by TorchJD's ``mtl_backward`` and ``jac_to_grad``. Both
-frameworks take turns in one process; each step is also given as a multiple of its own
-framework's plain sum.
+default, and in PyTorch by TorchJD's ``mtl_backward`` and ``jac_to_grad``. In the last
+rows each example of a batch is an objective, here by ``own_data=True``, there by the
+engine of ``torchjd.autogram``. Both frameworks take turns in one process; each step is
+also given as a multiple of its own framework's plain sum.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import optax_mtl
 OUTPUTS = 8  # Of each head.
 WIDTH, DEPTH, BATCH = 512, 6, 256  # Of the MLP.
 CHANNELS, SIDE, IMAGES = (32, 64, 128), 16, 32  # Of the ConvNet.
+EXAMPLES = 64  # Objectives in the last rows.
 RATE = 1e-3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -41,11 +43,13 @@ def draw_params(model, num_tasks):
     return {"trunk": cast(trunk), "heads": cast(heads)}
 
 
-def draw_batch(model, num_tasks):
+def draw_batch(model, num_tasks, size=None):
     """Inputs, and the targets of each task."""
     rng = np.random.default_rng(1)
-    shape = (BATCH, WIDTH) if model == "mlp" else (IMAGES, SIDE, SIDE, 3)
-    inputs = rng.normal(size=shape)
+    if model == "mlp":
+        inputs = rng.normal(size=(size or BATCH, WIDTH))
+    else:
+        inputs = rng.normal(size=(size or IMAGES, SIDE, SIDE, 3))
     targets = rng.normal(size=(num_tasks, len(inputs), OUTPUTS))
     return np.asarray(inputs, np.float32), np.asarray(targets, np.float32)
 
@@ -61,6 +65,27 @@ def trunk_fn(trunk, x):
             x = jax.lax.conv_general_dilated(x, w, stride, same, dimension_numbers=dims)
             x = jax.nn.relu(x)
     return x.mean((1, 2)) if x.ndim == 4 else x
+
+
+def our_example_steps(params, inputs, targets):
+    """The same with one head and an objective for each example."""
+
+    def loss_fn(params, inputs, targets):
+        z = trunk_fn(params["trunk"], inputs[None])
+        return jnp.mean((z @ params["heads"][0] - targets) ** 2)
+
+    def plain(params, state, inputs, targets):
+        losses_fn = jax.vmap(loss_fn, (None, 0, 0))
+        sum_fn = lambda params: losses_fn(params, inputs, targets).sum()
+        loss, grads = jax.value_and_grad(sum_fn)(params)
+        return loss, grads, state
+
+    resolve = optax_mtl.value_and_grad(loss_fn, optax_mtl.upgrad(), own_data=True)
+    batch = jnp.asarray(inputs), jnp.asarray(targets[0])
+    return {
+        "plain": our_step(plain, (), params, batch),
+        "upgrad": our_step(resolve, resolve.init(params), params, batch),
+    }
 
 
 def our_steps(params, inputs, targets):
@@ -137,6 +162,56 @@ def peer_steps(params, inputs, targets):
     return {"plain": make(False), "upgrad": make(True)}
 
 
+def peer_example_steps(params, inputs, targets):
+    """The same in PyTorch, the Gram matrix by the engine of TorchJD."""
+    import torch
+    from torchjd.aggregation import UPGradWeighting
+    from torchjd.autogram import Engine
+
+    def make(resolved):
+        model = torch.nn.Sequential(*peer_layers(params))
+        optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-4)
+        engine, weighting = Engine(model, batch_dim=0), UPGradWeighting()
+        x, y = peer_inputs(inputs), torch.from_numpy(targets[0])
+
+        def run():
+            optimizer.zero_grad()
+            losses = ((model(x) - y) ** 2).mean(1)
+            if resolved:
+                losses.backward(weighting(engine.compute_gramian(losses)))
+            else:
+                losses.sum().backward()
+            optimizer.step()
+            return losses.tolist()
+
+        return run
+
+    return {"plain": make(False), "upgrad": make(True)}
+
+
+def peer_layers(params):
+    """Trunk and first head as modules."""
+    import torch
+
+    def with_weight(layer, weight):
+        layer.weight.data = torch.from_numpy(weight.copy())
+        return layer
+
+    linear = lambda w: with_weight(torch.nn.Linear(*w.shape, bias=False), w.T)
+    for i, w in enumerate(params["trunk"]):
+        if w.ndim == 2:
+            yield linear(w)
+        else:
+            shape = w.shape[2], w.shape[3], 3, 1 + i % 2, 1
+            layer = torch.nn.Conv2d(*shape, bias=False)
+            yield with_weight(layer, w.transpose(3, 2, 0, 1))
+        yield torch.nn.ReLU()
+    if params["trunk"][0].ndim == 4:
+        yield torch.nn.AdaptiveAvgPool2d(1)
+        yield torch.nn.Flatten()
+    yield linear(params["heads"][0])
+
+
 def peer_model(params):
     """Parameters of trunk and heads, and the function of the trunk."""
     import torch
@@ -191,14 +266,18 @@ def main():
     print("|---|---|---|---|---|---|---|")
     for model in args.models:
         for num_tasks in args.tasks:
-            params = draw_params(model, num_tasks)
-            batch = draw_batch(model, num_tasks)
-            sides = {
-                "ours": our_steps(params, *batch),
-                "theirs": peer_steps(params, *batch),
-            }
+            problem = draw_params(model, num_tasks), *draw_batch(model, num_tasks)
+            sides = {"ours": our_steps(*problem), "theirs": peer_steps(*problem)}
             check_same(sides)
             print_row(model, num_tasks, sides, args)
+    for model in args.models:
+        problem = draw_params(model, 1), *draw_batch(model, 1, EXAMPLES)
+        sides = {
+            "ours": our_example_steps(*problem),
+            "theirs": peer_example_steps(*problem),
+        }
+        check_same(sides)
+        print_row(f"{model}, examples", EXAMPLES, sides, args)
 
 
 def check_same(sides):
@@ -207,8 +286,9 @@ def check_same(sides):
         totals = []
         for side in sides.values():
             side[name]()
-            totals.append(sum(map(float, jax.tree.leaves(side[name]()))))
-        np.testing.assert_allclose(*totals, rtol=1e-3)
+            totals.append(sum(np.sum(x) for x in jax.tree.leaves(side[name]())))
+        # TorchJD regularizes its Gram matrix by 1e-4.
+        np.testing.assert_allclose(*totals, rtol=1e-2)
 
 
 def print_row(model, num_tasks, sides, args):
