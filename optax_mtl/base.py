@@ -332,12 +332,12 @@ def zeros_like(
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether all entries of all floating-point arrays are finite, a scalar."""
-    finite = [
-        jnp.all(jnp.isfinite(x))
+    failed = [
+        jnp.any(~jnp.isfinite(x)).astype(float)
         for x in map(jnp.asarray, jax.tree.leaves(tree))
         if jnp.issubdtype(x.dtype, jnp.inexact)
     ]
-    return jnp.all(jnp.array(finite)) if finite else jnp.array(True)
+    return tasks.sum_leaves(failed) == 0 if failed else jnp.array(True)
 
 
 def keep_if(condition: jax.Array, new_state: Any, old_state: Any) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, base, coordinates, names, tasks
 
 
 class EnergyGateState(NamedTuple):
@@ -126,13 +126,19 @@ def energy_gate(
         factor = jnp.where(jnp.isfinite(usual), factor, jnp.nan)
         # Energies of zero become the smallest number, and stay equal to each other.
         tiny = jnp.finfo(energy.dtype).tiny
-        logits = (
-            jnp.log(jnp.maximum(tasks.along_tasks(factor, g) * energy, tiny))
-            / temperature
-        )
-        takes_part = tasks.along_tasks(exists, g)
-        gates = exists.sum() * base.softmax(logits, takes_part, axis=0)
-        return jnp.sum(jnp.where(takes_part, gates * g, 0), axis=0)
+
+        # The softmax of logarithms is a ratio; of roots, because it spans the range of
+        # numbers twice.
+        def root(energy, factor, exists):
+            return jnp.sqrt(jnp.where(exists, jnp.maximum(factor * energy, tiny), 0))
+
+        each = energy, jnp.broadcast_to(factor, exists.shape), exists
+        top = coordinates.reduce(jnp.maximum, root, *each)
+        share = lambda *one: (root(*one) * base.reciprocal(top)) ** (2 / temperature)
+        gated = lambda g, *one: share(*one) * g
+        total = coordinates.reduce(jnp.add, gated, g, *each)
+        shares = coordinates.reduce(jnp.add, share, *each)
+        return exists.sum() * total * base.reciprocal(shares)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -145,7 +151,7 @@ def energy_gate(
         counts = jax.tree.map(jnp.add, state.counts, exists)
         energies = jax.tree.map(track, state.energies, now, exists)
         update = jax.tree.map(resolve, updates, now, energies, counts, exists)
-        some = jnp.any(jnp.stack(jax.tree.leaves(exists)))
+        some = jnp.any(tasks.has_gradient(exists))
         step = jnp.where(some, 1 - decay, 0)
         average = optax.incremental_update(update, state.average, step)
         new_state = base.keep_if(

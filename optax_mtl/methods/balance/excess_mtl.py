@@ -97,7 +97,9 @@ def excess_mtl(
                 jnp.where(jnp.isfinite(s), risk, jnp.nan), axis=tuple(range(1, g.ndim))
             )
 
-        excess = jax.tree.reduce(jnp.add, jax.tree.map(excess_leaf, updates, squares))
+        excess = tasks.sum_leaves(
+            jax.tree.leaves(jax.tree.map(excess_leaf, updates, squares))
+        )
         exists = excess > 0
         known = state.counts >= warmup_steps
         growth = eta * excess * warmup_steps * base.reciprocal(state.initial)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, coordinates, tasks
 
 
 class SAMGSState(NamedTuple):
@@ -149,12 +149,11 @@ def sam_gs(
         factor = exists.sum() if scale_by_num_tasks else 1
 
         def resolve(g, m):
-            sizes = jnp.where(
-                equalise,
-                tasks.along_tasks(equal, g),
-                jnp.abs(m) * tasks.along_tasks(inverse, g),
+            scale = lambda equal, inverse, m, g: (
+                jnp.where(equalise, equal, jnp.abs(m) * inverse) * g
             )
-            return (factor * jnp.sum(sizes * g, axis=0)).astype(g.dtype)
+            total = coordinates.reduce(jnp.add, scale, equal, inverse, m, g)
+            return (factor * total).astype(g.dtype)
 
         new_state = SAMGSState(counts, momentum, steps, dissimilarity)
         out = jax.tree.map(resolve, updates, momentum)

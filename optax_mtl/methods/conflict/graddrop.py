@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, base, coordinates, names, tasks
 
 
 class GradDropState(NamedTuple):
@@ -86,9 +86,10 @@ def graddrop(
             return updates, state
         leaks = arguments.broadcast_preference(jnp.asarray(leak), num_tasks)
         next_key, leaf_key = jax.random.split(arguments.key_of(state.key, key))
-        keys = optax.tree.split_key_like(leaf_key, updates)
-        drop = lambda x, key: _drop_signs(x, key, leaks, keep)
-        new_updates = jax.tree.map(drop, updates, keys)
+        leaves, structure = jax.tree.flatten(updates)
+        seeds = jax.random.bits(leaf_key, (len(leaves), 2), jnp.uint32)
+        dropped = [_drop_signs(x, s, leaks, keep) for x, s in zip(leaves, seeds)]
+        new_updates = jax.tree.unflatten(structure, dropped)
         new_state = base.keep_if(
             base.all_finite(updates), GradDropState(arguments.key_data(next_key)), state
         )
@@ -97,14 +98,37 @@ def graddrop(
     return base.from_coordinates(init_fn, update_fn)
 
 
-def _drop_signs(x, key, leaks, keep):
+def _drop_signs(x, seeds, leaks, keep):
     accurate = jnp.promote_types(x.dtype, jnp.float32)
-    g = x.astype(accurate)
-    size = jnp.abs(g).sum(axis=0)
-    purity = (1 + g.sum(axis=0) / jnp.where(size == 0, 1, size)) / 2
-    positive = keep(purity) > jax.random.uniform(key, size.shape, accurate)
-    kept = jnp.where(positive, g > 0, g < 0)
-    leaks = tasks.along_tasks(leaks.astype(accurate), x)
-    total = ((leaks + (1 - leaks) * kept) * g).sum(axis=0)
+    size = coordinates.reduce(jnp.add, lambda g: jnp.abs(g.astype(accurate)), x)
+    total = coordinates.reduce(jnp.add, lambda g: g.astype(accurate), x)
+    purity = (1 + total / jnp.where(size == 0, 1, size)) / 2
+    positive = keep(purity) > _uniform(seeds, purity)
+
+    def leave(leak, g):
+        kept = jnp.where(positive, g > 0, g < 0)
+        return (leak + (1 - leak) * kept) * g.astype(accurate)
+
+    out = coordinates.reduce(jnp.add, leave, leaks.astype(accurate), x)
     # What is not finite is not dropped: the step is to be skipped.
-    return jnp.where(jnp.isfinite(size), total, jnp.nan).astype(x.dtype)
+    return jnp.where(jnp.isfinite(size), out, jnp.nan).astype(x.dtype)
+
+
+def _uniform(seeds, like):
+    """Random numbers in [0, 1): each is a hash of two seeds and of its place.
+
+    As good as any for a sign, for a tenth of what those of :mod:`jax.random` cost, and
+    the same however the array is laid out.
+    """
+    place = jnp.zeros_like(like, jnp.uint32)
+    for axis, size in enumerate(like.shape):
+        others = [i for i in range(like.ndim) if i != axis]
+        along = jnp.arange(size, dtype=jnp.uint32)
+        place = place * jnp.uint32(size) + jnp.expand_dims(along, others)
+    # The shifts and factors of lowbias32, with the second seed in between.
+    bits = place + seeds[0]
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x21F0AAAD) ^ seeds[1]
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0xD35A2D97)
+    bits = bits ^ (bits >> 15)
+    # As many as float32 has digits.
+    return (bits >> 8).astype(jnp.int32).astype(like.dtype) / 2**24
