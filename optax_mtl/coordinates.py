@@ -1,6 +1,6 @@
 """Along the task axis, in each coordinate: sums, and entries in ascending order.
 
-On a CPU, XLA reduces a leading axis twenty times slower than it combines its slices, and
+On a CPU, XLA reduces a leading axis twenty times slower than it adds its slices, and
 sorts along one a hundred times slower than it compares and exchanges them.
 """
 
@@ -17,7 +17,7 @@ from optax_mtl import tasks
 _MAX_SLICES = 32
 
 
-def reduce(ufunc: Any, of_task: Callable[..., jax.Array], *stacked: jax.Array) -> Any:
+def reduce(ufunc: Any, of_task: Callable[..., jax.Array], *stacked: Any) -> jax.Array:
     """Reduces what is computed for each task over the tasks, in one pass.
 
     Args:

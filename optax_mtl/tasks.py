@@ -656,8 +656,19 @@ def along_tasks(vector: jax.typing.ArrayLike, like: jax.Array) -> jax.Array:
 
 def has_gradient(updates: optax.Updates) -> jax.Array:
     """Which tasks have a gradient that is not exactly zero, shape ``(T,)``."""
-    nonzero = lambda x: jnp.any(x != 0, axis=tuple(range(1, x.ndim)))
-    return sum_leaves([nonzero(x).astype(float) for x in jax.tree.leaves(updates)]) > 0
+    sizes = [largest(x, tuple(range(1, x.ndim))) for x in jax.tree.leaves(updates)]
+    return sum_leaves([(size != 0).astype(float) for size in sizes]) > 0
+
+
+def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Largest magnitude along some axes, of a complex number that of its larger part.
+
+    Tells zeros and numbers that are not finite, in half the time and memory of
+    ``jnp.any`` on a CPU, where XLA stores what it compared.
+    """
+    if jnp.iscomplexobj(x):
+        return jnp.maximum(largest(x.real, axes), largest(x.imag, axes))
+    return jnp.max(jnp.abs(x), axis=axes, initial=0)
 
 
 def squared_norms(updates: optax.Updates) -> jax.Array:

@@ -88,7 +88,8 @@ def excess_mtl(
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
         square = lambda g, s: jnp.square(g.astype(s.dtype))
-        squares = jax.tree.map(lambda g, s: s + square(g, s), updates, state.squares)
+        add = lambda g, s: jax.tree.map(lambda g, s: s + square(g, s), g, s)
+        squares = add(updates, state.squares)
 
         def excess_leaf(g, s):
             # A sum of squares of zero has seen nothing but zeros.
@@ -108,7 +109,7 @@ def excess_mtl(
         weights = jnp.where(base.all_finite(excess), weights, jnp.nan)
         out = tasks.combine(weights, updates)
         new_state = ExcessMTLState(
-            squares=squares,
+            squares=base.again(add, updates, state.squares),
             logits=logits - logits.max(),
             counts=state.counts + (exists & ~known),
             initial=state.initial + jnp.where(known, 0, excess),

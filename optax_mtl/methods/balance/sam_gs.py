@@ -131,13 +131,14 @@ def sam_gs(
         squared = b2 * state.dissimilarity + (1 - b2) * (1 - psi) ** 2 + 1e-8
         dissimilarity = jnp.where(some, squared, state.dissimilarity)
         counts = jnp.where(exists, optax.safe_increment(state.counts), state.counts)
-        momentum = jax.tree.map(
-            lambda m, g: jnp.where(
+
+        def average(momentum, updates):
+            new = lambda m, g: jnp.where(
                 tasks.along_tasks(exists, m), b1 * m + (1 - b1) * g, m
-            ),
-            state.momentum,
-            updates,
-        )
+            )
+            return jax.tree.map(new, momentum, updates)
+
+        momentum = average(state.momentum, updates)
 
         equalise = (smallest if similarity == "min" else psi) < gamma
         # Divisions are by zero only for absent tasks, whose gradient is zero.
@@ -155,7 +156,12 @@ def sam_gs(
             total = coordinates.reduce(jnp.add, scale, equal, inverse, m, g)
             return (factor * total).astype(g.dtype)
 
-        new_state = SAMGSState(counts, momentum, steps, dissimilarity)
+        new_state = SAMGSState(
+            counts=counts,
+            momentum=base.again(average, state.momentum, updates),
+            steps=steps,
+            dissimilarity=dissimilarity,
+        )
         out = jax.tree.map(resolve, updates, momentum)
         return out, base.keep_if(base.all_finite(out), new_state, state)
 

@@ -108,9 +108,10 @@ def m_config(
         moves = (jnp.all(seen) | jnp.any(counts > 1)) & jnp.any(exists)
 
         bias = lambda decay, count: 1 - decay ** jnp.maximum(count, 1)
-        unbiased = tasks.scale_tasks(1 / bias(b1, counts), first)
-        weights = config_weights(tasks.gram(unbiased), seen.astype(float))
-        resolved = tasks.combine(weights, unbiased)
+        factors = 1 / bias(b1, counts)
+        unbiased = jnp.outer(factors, factors) * tasks.gram(first)
+        weights = config_weights(unbiased, seen.astype(float))
+        resolved = tasks.combine(weights * factors, first)
         steps = optax.safe_increment(state.steps)
         direction = jax.tree.map(lambda d: d * bias(b1, steps), resolved)
         second = jax.tree.map(
