@@ -47,7 +47,7 @@ def reduce(ufunc: Any, of_task: Callable[..., jax.Array], *stacked: Any) -> jax.
     return x[0]
 
 
-def combine_in_order(weights: jax.Array, x: jax.Array) -> jax.Array:
+def combine_in_order(weights: jax.Array, x: jax.Array, exists: jax.Array) -> jax.Array:
     r"""Weighted sum of the entries in ascending order, in each coordinate.
 
     .. math::
@@ -57,6 +57,7 @@ def combine_in_order(weights: jax.Array, x: jax.Array) -> jax.Array:
     Args:
       weights: shape ``(T,)``.
       x: shape ``(T, *p)``.
+      exists: tasks that are present, shape ``(T,)``; the others come last.
 
     Returns:
       Array of shape ``p`` in float32 or better; not finite where an entry is not,
@@ -66,15 +67,19 @@ def combine_in_order(weights: jax.Array, x: jax.Array) -> jax.Array:
       >>> import jax.numpy as jnp
       >>> from optax_mtl import coordinates
       >>> x = jnp.array([[1.0, 5], [2, -90], [90, 6]])
-      >>> print(coordinates.combine_in_order(jnp.array([0, 1.0, 0]), x))
+      >>> exists = jnp.ones(3, bool)
+      >>> print(coordinates.combine_in_order(jnp.array([0, 1.0, 0]), x, exists))
       [2. 5.]
     """
     accurate = jnp.promote_types(x.dtype, jnp.float32)
     weights = weights.astype(accurate)
+    # No infinity: times a weight of 0 it would not be 0.
+    last = jnp.finfo(x.dtype).max
     if len(x) > _MAX_SLICES:
-        ordered = jnp.sort(x, axis=0).astype(accurate)
+        filled = jnp.where(tasks.along_tasks(exists, x), x, last)
+        ordered = jnp.sort(filled, axis=0).astype(accurate)
         return jnp.tensordot(weights, ordered, 1, precision=jax.lax.Precision.HIGHEST)
-    entries = list(x)
+    entries = [jnp.where(here, entry, last) for here, entry in zip(exists, x)]
     for i, j in _comparisons(len(x)):
         low = jnp.minimum(entries[i], entries[j])
         entries[i], entries[j] = low, jnp.maximum(entries[i], entries[j])

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_mtl import arguments, base, coordinates, names, tasks
@@ -115,8 +116,20 @@ def energy_gate(
         aligned = jnp.where(opposed, 0, (1 + cosine) / 2)
         return square**magnitude * aligned**alignment
 
+    def measure(g, energy):
+        """Mean energy of each task in the tensor, and whether it has a gradient there.
+
+        Both in one pass: XLA stores what it sums alone, before it does so on a CPU.
+        """
+        pair = jnp.broadcast_to(energy, g.shape), g != 0
+        if g.ndim > 1:
+            start = np.zeros([], energy.dtype), np.zeros([], bool)
+            both = lambda x, y: (x[0] + y[0], x[1] | y[1])
+            pair = jax.lax.reduce(pair, start, both, [g.ndim - 1])
+        axes = tuple(range(1, max(g.ndim - 1, 1)))
+        return pair[0].sum(axes) / (g.size // len(g)), pair[1].any(axes)
+
     def track(old, new, exists):
-        new = jnp.mean(new, _axes_within(new, "tensor"))
         return jnp.where(exists, energy_decay * old + (1 - energy_decay) * new, old)
 
     def resolve(g, energy, usual, count, exists):
@@ -144,12 +157,18 @@ def energy_gate(
         del extra_args
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
-        exists = jax.tree.map(
-            lambda g: jnp.any(g != 0, _axes_within(g, "tensor")), updates
-        )
         now = jax.tree.map(energy, updates, state.average)
+        seen = now
+        if granularity == "element":  # As large as the gradients.
+            each = lambda *trees: jax.tree.map(energy, *trees)
+            seen = base.again(each, updates, state.average)
+        means, exists = jax.tree.transpose(
+            jax.tree.structure(updates),
+            jax.tree.structure((0, 0)),
+            jax.tree.map(measure, updates, seen),
+        )
         counts = jax.tree.map(jnp.add, state.counts, exists)
-        energies = jax.tree.map(track, state.energies, now, exists)
+        energies = jax.tree.map(track, state.energies, means, exists)
         update = jax.tree.map(resolve, updates, now, energies, counts, exists)
         some = jnp.any(tasks.has_gradient(exists))
         step = jnp.where(some, 1 - decay, 0)

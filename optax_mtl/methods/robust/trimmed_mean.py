@@ -75,8 +75,5 @@ def _trimmed_mean(x, exists, num_trimmed):
     trimmed = jnp.minimum(num_trimmed, jnp.maximum(count - 1, 0) // 2)
     rank = jnp.arange(len(x))
     inner = (rank >= trimmed) & (rank < count - trimmed)
-    # Absent tasks come last; no infinity, since what is not finite is never trimmed
-    # away: the step is to be skipped.
-    last = jnp.where(tasks.along_tasks(exists, x), x, jnp.finfo(x.dtype).max)
     weights = inner / jnp.maximum(count - 2 * trimmed, 1)
-    return coordinates.combine_in_order(weights, last).astype(x.dtype)
+    return coordinates.combine_in_order(weights, x, exists).astype(x.dtype)
