@@ -17,13 +17,35 @@ from optax_mtl import tasks
 _MAX_SLICES = 32
 
 
-def reduce(ufunc: Any, of_task: Callable[..., jax.Array], *stacked: Any) -> jax.Array:
-    """Reduces what is computed for each task over the tasks, in one pass.
+# What an array with a leading task axis is made of, or that array.
+Rows = list[jax.Array] | jax.Array
+
+
+def each(of_task: Callable[..., jax.Array], *rows: Any) -> Rows:
+    """What is made of the entries of each task, in a form that fuses with a sum.
+
+    Args:
+      of_task: maps what the arrays hold for a task to an array of shape ``p``.
+      *rows: arrays with a leading task axis, such as ``(T, *p)`` or ``(T,)``, or what
+        this function returned.
+
+    Returns:
+      Rows for :func:`reduce` and for this function.
+    """
+    in_slices = len(rows[0]) <= _MAX_SLICES and all(
+        isinstance(x, list) or tasks.on_one_cpu(x) for x in rows
+    )
+    if not in_slices:  # Slices along shards would be moved.
+        return jax.vmap(of_task)(*rows)
+    return [of_task(*entries) for entries in zip(*map(list, rows))]
+
+
+def reduce(ufunc: Any, rows: Rows) -> jax.Array:
+    """Reduces the task axis in one pass, together with what made the rows.
 
     Args:
       ufunc: such as ``jnp.add`` or ``jnp.maximum``.
-      of_task: maps what the arrays hold for a task to an array of shape ``p``.
-      *stacked: arrays with a leading task axis, such as ``(T, *p)`` or ``(T,)``.
+      rows: what :func:`each` returned.
 
     Returns:
       Array of shape ``p``.
@@ -32,19 +54,20 @@ def reduce(ufunc: Any, of_task: Callable[..., jax.Array], *stacked: Any) -> jax.
       >>> import jax.numpy as jnp
       >>> from optax_mtl import coordinates
       >>> updates, weights = jnp.array([[-4.0, 1, 1], [6, 1, 1]]), jnp.array([0.5, 1])
-      >>> print(coordinates.reduce(jnp.add, jnp.multiply, weights, updates))
+      >>> rows = coordinates.each(jnp.multiply, weights, updates)
+      >>> print(coordinates.reduce(jnp.add, rows))
       [4.  1.5 1.5]
     """
-    if not all(map(tasks.on_one_cpu, stacked)):  # Slices along shards would be moved.
-        return ufunc.reduce(jax.vmap(of_task)(*stacked), axis=0)
-    if len(stacked[0]) <= _MAX_SLICES:
-        return functools.reduce(ufunc, map(of_task, *map(list, stacked)))
-    x = jax.vmap(of_task)(*stacked)
-    while len(x) > 1:
-        half = len(x) // 2
-        folded = ufunc(x[:half], x[half : 2 * half])
-        x = jnp.concatenate([folded, x[2 * half :]]) if len(x) % 2 else folded
-    return x[0]
+    if isinstance(rows, list):
+        return functools.reduce(ufunc, rows)
+    if not tasks.on_one_cpu(rows):
+        return ufunc.reduce(rows, axis=0)
+    while len(rows) > 1:
+        half = len(rows) // 2
+        folded = ufunc(rows[:half], rows[half : 2 * half])
+        odd = len(rows) % 2
+        rows = jnp.concatenate([folded, rows[2 * half :]]) if odd else folded
+    return rows[0]
 
 
 def combine_in_order(weights: jax.Array, x: jax.Array, exists: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Sums and order along the task axis, random signs, and programs linear in the leaves."""
+"""Sums and order along the task axis, and the random signs of GradDrop."""
 
 import functools
 
@@ -56,9 +56,8 @@ def test_coordinate_median_is_that_of_numpy_for_any_number_of_tasks():
 def test_reduce_is_that_of_numpy(monkeypatch, devices):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     counts = (1, 2, 7, LIMIT, LIMIT + 1, 3 * LIMIT + 1)
-    xs = [
-        np.random.default_rng(0).normal(size=(n, 5)).astype(np.float32) for n in counts
-    ]
+    draw = np.random.default_rng(0).normal
+    xs = [draw(size=(count, 5)).astype(np.float32) for count in counts]
     scale = lambda w, x: w * x
 
     @jax.jit
@@ -66,8 +65,8 @@ def test_reduce_is_that_of_numpy(monkeypatch, devices):
         weights = [jnp.arange(1.0, len(x) + 1) for x in xs]
         return [
             (
-                coordinates.reduce(jnp.add, scale, w, x),
-                coordinates.reduce(jnp.maximum, scale, w, x),
+                coordinates.reduce(jnp.add, coordinates.each(scale, w, x)),
+                coordinates.reduce(jnp.maximum, coordinates.each(scale, w, x)),
             )
             for w, x in zip(weights, xs)
         ]

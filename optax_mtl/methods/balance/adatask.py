@@ -59,7 +59,7 @@ def adatask(
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
         step = lambda updates, state: base.update_tasks(adam, updates, state, params)
-        total = lambda x: coordinates.reduce(jnp.add, lambda d: d, x)
+        total = lambda x: coordinates.reduce(jnp.add, coordinates.each(jnp.array, x))
         out = jax.tree.map(total, step(updates, state)[0])
         # A gradient too large to be squared makes the moments infinite.
         finite = base.all_finite((tasks.squared_norms(updates), out))

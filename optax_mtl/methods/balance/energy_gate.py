@@ -145,13 +145,14 @@ def energy_gate(
         def root(energy, factor, exists):
             return jnp.sqrt(jnp.where(exists, jnp.maximum(factor * energy, tiny), 0))
 
-        each = energy, jnp.broadcast_to(factor, exists.shape), exists
-        top = coordinates.reduce(jnp.maximum, root, *each)
-        share = lambda *one: (root(*one) * base.reciprocal(top)) ** (2 / temperature)
-        gated = lambda g, *one: share(*one) * g
-        total = coordinates.reduce(jnp.add, gated, g, *each)
-        shares = coordinates.reduce(jnp.add, share, *each)
-        return exists.sum() * total * base.reciprocal(shares)
+        factor = jnp.broadcast_to(factor, exists.shape)
+        roots = coordinates.each(root, energy, factor, exists)
+        inverse = base.reciprocal(coordinates.reduce(jnp.maximum, roots))
+        power = 2 / temperature
+        shares = coordinates.each(lambda root: (root * inverse) ** power, roots)
+        total = coordinates.reduce(jnp.add, coordinates.each(jnp.multiply, shares, g))
+        gates = exists.sum() * base.reciprocal(coordinates.reduce(jnp.add, shares))
+        return gates * total
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args

@@ -153,8 +153,8 @@ def sam_gs(
             scale = lambda equal, inverse, m, g: (
                 jnp.where(equalise, equal, jnp.abs(m) * inverse) * g
             )
-            total = coordinates.reduce(jnp.add, scale, equal, inverse, m, g)
-            return (factor * total).astype(g.dtype)
+            scaled = coordinates.each(scale, equal, inverse, m, g)
+            return (factor * coordinates.reduce(jnp.add, scaled)).astype(g.dtype)
 
         new_state = SAMGSState(
             counts=counts,
