@@ -126,14 +126,12 @@ def _uniform(words, number, like):
     for axis, size in enumerate(like.shape):
         along = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
         place = place * np.uint32(size) + along
-    leaf = _hash(words[-1] + np.uint32(number))
-    bits = _hash(_hash(place + words[0]) ^ leaf)
+    # The hash lowbias32, which maps integers of 32 bits one to one such that all bits
+    # depend on all, with a second key in between; more rounds take long to compile.
+    leaf = words[-1] + np.uint32(number * 0x9E3779B9 % 2**32)
+    bits = place + words[0]
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x21F0AAAD) ^ leaf
+    bits = (bits ^ (bits >> 15)) * np.uint32(0xD35A2D97)
+    bits = bits ^ (bits >> 15)
     # As many as float32 has digits.
     return (bits >> 8).astype(jnp.int32).astype(like.dtype) / 2**24
-
-
-def _hash(x):
-    """Maps integers of 32 bits one to one, such that all bits depend on all."""
-    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
