@@ -421,8 +421,8 @@ def keep_if(condition: jax.Array, new_state: Any, old_state: Any) -> Any:
 def again(fn: Callable[..., Any], *args: Any) -> Any:
     """The same as ``fn(*args)``, computed anew where XLA would store it meanwhile.
 
-    For a new state that is known before it is known whether to keep it: stored, it is
-    written and read once more.
+    For what is cheaper to compute twice than to store, such as a new state before it is
+    known whether to keep it.
     """
     return fn(*jax.lax.optimization_barrier(args))
 

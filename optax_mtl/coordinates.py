@@ -1,4 +1,4 @@
-"""Along the task axis, in each coordinate: sums, and entries in ascending order.
+"""Sums and order over the tasks, in each coordinate, and sums over the coordinates.
 
 On a CPU, XLA reduces a leading axis twenty times slower than it adds its slices, and
 sorts along one a hundred times slower than it compares and exchanges them.
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mtl import tasks
 
@@ -68,6 +69,28 @@ def reduce(ufunc: Any, rows: Rows) -> jax.Array:
         odd = len(rows) % 2
         rows = jnp.concatenate([folded, rows[2 * half :]]) if odd else folded
     return rows[0]
+
+
+def sum_and_any(values: jax.Array, marks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum of the values of each task and whether one of its marks is set, in one pass.
+
+    On a CPU, XLA stores what it sums alone before it does so; two at once it does not.
+
+    Args:
+      values: shape ``(T, *p)``, numbers.
+      marks: shape ``(T, *p)``, booleans.
+
+    Returns:
+      Two arrays of shape ``(T,)``.
+    """
+    total, some = values, marks
+    if values.ndim > 1:
+        # Of the last axis alone: one number after the other loses digits.
+        start = np.zeros([], values.dtype), np.zeros([], bool)
+        both = lambda x, y: (x[0] + y[0], x[1] | y[1])
+        total, some = jax.lax.reduce((total, some), start, both, [values.ndim - 1])
+    axes = tuple(range(1, total.ndim))
+    return total.sum(axes), some.any(axes)
 
 
 def combine_in_order(weights: jax.Array, x: jax.Array, exists: jax.Array) -> jax.Array:

@@ -62,7 +62,8 @@ def adatask(
         total = lambda x: coordinates.reduce(jnp.add, coordinates.each(jnp.array, x))
         out = jax.tree.map(total, step(updates, state)[0])
         # A gradient too large to be squared makes the moments infinite.
-        finite = base.all_finite((tasks.squared_norms(updates), out))
+        squares = base.again(tasks.squared_norms, updates)
+        finite = base.all_finite((squares, out))
         new_state = base.keep_if(finite, base.again(step, updates, state)[1], state)
         mark = lambda d, g: jnp.where(finite, d, jnp.nan).astype(g.dtype)
         return jax.tree.map(mark, out, updates), new_state

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_mtl import arguments, base, coordinates, names, tasks
@@ -117,17 +116,10 @@ def energy_gate(
         return square**magnitude * aligned**alignment
 
     def measure(g, energy):
-        """Mean energy of each task in the tensor, and whether it has a gradient there.
-
-        Both in one pass: XLA stores what it sums alone, before it does so on a CPU.
-        """
-        pair = jnp.broadcast_to(energy, g.shape), g != 0
-        if g.ndim > 1:
-            start = np.zeros([], energy.dtype), np.zeros([], bool)
-            both = lambda x, y: (x[0] + y[0], x[1] | y[1])
-            pair = jax.lax.reduce(pair, start, both, [g.ndim - 1])
-        axes = tuple(range(1, max(g.ndim - 1, 1)))
-        return pair[0].sum(axes) / (g.size // len(g)), pair[1].any(axes)
+        """Mean energy of each task in the tensor, and whether it has a gradient."""
+        energy = jnp.broadcast_to(energy, g.shape)
+        total, exists = coordinates.sum_and_any(energy, g != 0)
+        return total / (g.size // len(g)), exists
 
     def track(old, new, exists):
         return jnp.where(exists, energy_decay * old + (1 - energy_decay) * new, old)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, coordinates, tasks
 
 
 class ExcessMTLState(NamedTuple):
@@ -94,9 +94,8 @@ def excess_mtl(
         def excess_leaf(g, s):
             # A sum of squares of zero has seen nothing but zeros.
             risk = square(g, s) / jnp.sqrt(jnp.where(s > 0, s, 1))
-            return jnp.sum(
-                jnp.where(jnp.isfinite(s), risk, jnp.nan), axis=tuple(range(1, g.ndim))
-            )
+            total, failed = coordinates.sum_and_any(risk, ~jnp.isfinite(s))
+            return jnp.where(failed, jnp.nan, total)
 
         excess = tasks.sum_leaves(
             jax.tree.leaves(jax.tree.map(excess_leaf, updates, squares))
