@@ -220,10 +220,12 @@ def from_averages(
         weights, inner = step(state.inner, gram=gram)
         weights = jnp.where(finite, jnp.where(exists, weights, 0), jnp.nan)
         out = tasks.combine(weights, averages)
-        small = jnp.where(exists, counts, state.counts), inner
-        counts, inner = keep_if(all_finite(out), small, (state.counts, state.inner))
         cast = jax.tree.map(lambda d, g: d.astype(g.dtype), out, updates)
-        return cast, AveragesState(counts, averages, inner)
+        return cast, AveragesState(
+            counts=jnp.where(exists & finite, counts, state.counts),
+            averages=averages,
+            inner=keep_if(all_finite(out), inner, state.inner),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -84,7 +84,7 @@ def sum_and_any(values: jax.Array, marks: jax.Array) -> tuple[jax.Array, jax.Arr
       Two arrays of shape ``(T,)``.
     """
     total, some = values, marks
-    if values.ndim > 1:
+    if values.ndim > 1 and tasks.on_one_cpu(values):  # XLA gathers what is sharded.
         # Of the last axis alone: one number after the other loses digits.
         start = np.zeros([], values.dtype), np.zeros([], bool)
         both = lambda x, y: (x[0] + y[0], x[1] | y[1])

@@ -77,7 +77,9 @@ def test_reduce_is_that_of_numpy(monkeypatch, devices):
         np.testing.assert_allclose(largest, scaled.max(axis=0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["graddrop", "energy_gate", "sam_gs", "adatask"])
+@pytest.mark.parametrize(
+    "name", ["graddrop", "energy_gate", "sam_gs", "adatask", "excess_mtl"]
+)
 def test_one_device_and_many_agree(monkeypatch, name):
     rng = np.random.default_rng(0)
     updates = {"a": rng.normal(size=(3, 4, 5)), "b": rng.normal(size=(3, 6))}
@@ -90,6 +92,17 @@ def test_one_device_and_many_agree(monkeypatch, name):
         found.append(jax.jit(lambda *args: method.update(*args))(updates, state))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, *found)
+
+
+def test_sums_and_marks_are_those_of_numpy(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rng = np.random.default_rng(0)
+    for shape in [(3,), (3, 7), (3, 4, 5)]:
+        x = rng.normal(size=shape).astype(np.float32)
+        x[1] = 0
+        total, some = jax.jit(coordinates.sum_and_any)(x, x != 0)
+        np.testing.assert_allclose(total, x.reshape(3, -1).sum(1), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(some, [True, False, True])
 
 
 def test_signs_are_random():

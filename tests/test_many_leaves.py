@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optax_mtl
 from optax_mtl import tasks
@@ -39,3 +41,26 @@ def test_sums_over_the_leaves_are_those_of_numpy():
         np.testing.assert_allclose(found, np.sum(parts, axis=0), rtol=1e-5, atol=1e-6)
     apart = tasks.sum_leaves([np.float32([1, np.nan, 1]), np.float32([np.inf, 0, 2])])
     np.testing.assert_array_equal(apart, [np.inf, np.nan, 3])
+
+
+def test_sharded_parameters_are_not_gathered():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    params = [put(np.zeros((16, 3)), "data"), put(np.zeros((2, 8)), None, "data")]
+    updates = [
+        put(np.ones((2, 16, 3)), None, "data"),
+        put(np.ones((2, 2, 8)), None, None, "data"),
+    ]
+    methods = {name: optax_mtl.get(name, 2) for name in READERS}
+    states = {name: method.init(params) for name, method in methods.items()}
+
+    def step(updates, states):
+        update = lambda name: methods[name].update(
+            updates, states[name], losses=jnp.ones(2)
+        )
+        return {name: update(name) for name in methods}
+
+    text = jax.jit(step).lower(updates, states).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
