@@ -11,6 +11,7 @@ import optax_mtl
 from optax_mtl import coordinates
 
 LIMIT = coordinates._MAX_SLICES
+ELEMENTWISE = ["graddrop", "energy_gate", "sam_gs", "adatask", "excess_mtl"]
 
 
 @pytest.mark.parametrize("num_tasks", range(1, LIMIT + 1))
