@@ -86,12 +86,12 @@ def graddrop(
         if num_tasks is None:
             return updates, state
         leaks = arguments.broadcast_preference(jnp.asarray(leak), num_tasks)
+        next_key, _ = jax.random.split(arguments.key_of(state.key, key))
         leaves, structure = jax.tree.flatten(updates)
         # Words in the state: those of a new key would be computed in every leaf.
         random = lambda number: lambda like: _uniform(state.key, number, like)
         dropped = [_drop_signs(x, random(i), leaks, keep) for i, x in enumerate(leaves)]
         new_updates = jax.tree.unflatten(structure, dropped)
-        next_key, _ = jax.random.split(arguments.key_of(state.key, key))
         new_state = base.keep_if(
             base.all_finite(new_updates),
             GradDropState(arguments.key_data(next_key)),
