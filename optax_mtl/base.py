@@ -203,6 +203,77 @@ def _weights_and_state(returned: Any, state: Any, count: int) -> tuple[jax.Array
     return weights, new_state
 
 
+class AveragesState(NamedTuple):
+    """State of a method made by :func:`from_averages`."""
+
+    counts: jax.Array  # Gradients seen from each task, shape `(T,)`.
+    averages: optax.Updates  # Their running averages, float32, `(T, *p)`.
+    inner: Any  # State behind the weights.
+
+
+def from_averages(
+    init_fn: Callable[[], Any],
+    step: Callable[..., tuple[jax.Array, Any]],
+    num_tasks: int,
+    *,
+    decay: Callable[[jax.Array], jax.typing.ArrayLike],
+    scale: Callable[[jax.Array, Any], jax.Array] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a method out of weights for running averages of the gradients.
+
+    Args:
+      init_fn: returns the initial state behind the weights.
+      step: maps that state and ``gram``, the Gram matrix of the averages of the tasks
+        that are present, shape ``(T, T)``, to weights, ``(T,)``, and the next state.
+      num_tasks: number of tasks, T.
+      decay: maps how often each task has been seen, ``(T,)``, to the decays of the
+        averages, which start from zero.
+      scale: maps the squared norms of the gradients, ``(T,)``, and the losses to
+        factors of the gradients, ``(T,)``; a task with a factor of 0 is absent.
+
+    Returns:
+      A gradient transformation that aggregates stacked updates.
+    """
+
+    def init(params):
+        return AveragesState(
+            counts=jnp.zeros(num_tasks, jnp.int32),
+            averages=zeros_like(params, num_tasks, dtype=float),
+            inner=init_fn(),
+        )
+
+    def update(updates, state, params=None, *, losses=None, **extra_args):
+        del extra_args
+        if tasks.check_stacked(updates, params, num_tasks) is None:
+            return updates, state
+        squares = tasks.squared_norms(updates)
+        factors = jnp.ones(num_tasks) if scale is None else scale(squares, losses)
+        exists = tasks.has_gradient(updates) & (factors != 0)
+        # Known before the averages are, which are then written in place, and once.
+        finite = all_finite((squares, factors))
+        counts = optax.safe_increment(state.counts)
+        decays = jnp.asarray(decay(counts.astype(float)))
+
+        def average(old, g):
+            along = lambda v: tasks.along_tasks(v, old)
+            new = along(decays) * old + along((1 - decays) * factors) * g
+            return jnp.where(along(exists & finite), new, old).astype(old.dtype)
+
+        averages = jax.tree.map(average, state.averages, updates)
+        gram = jnp.where(jnp.outer(exists, exists), tasks.gram(averages), 0)
+        weights, inner = step(state.inner, gram=gram)
+        weights = jnp.where(finite, jnp.where(exists, weights, 0), jnp.nan)
+        out = tasks.combine(weights, averages)
+        cast = jax.tree.map(lambda d, g: d.astype(g.dtype), out, updates)
+        return cast, AveragesState(
+            counts=jnp.where(exists & finite, counts, state.counts),
+            averages=averages,
+            inner=keep_if(all_finite(out), inner, state.inner),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def from_coordinates(
     init_fn: Callable[[optax.Params], Any],
     update_fn: Callable[..., tuple[optax.Updates, Any]],
@@ -379,12 +450,12 @@ def zeros_like(
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether all entries of all floating-point arrays are finite, a scalar."""
-    finite = [
-        jnp.all(jnp.isfinite(x))
+    failed = [
+        (~jnp.isfinite(tasks.largest(x, tuple(range(x.ndim))))).astype(float)
         for x in map(jnp.asarray, jax.tree.leaves(tree))
         if jnp.issubdtype(x.dtype, jnp.inexact)
     ]
-    return jnp.all(jnp.array(finite)) if finite else jnp.array(True)
+    return tasks.sum_leaves(failed) == 0 if failed else jnp.array(True)
 
 
 def keep_if(condition: jax.Array, new_state: Any, old_state: Any) -> Any:
@@ -394,6 +465,15 @@ def keep_if(condition: jax.Array, new_state: Any, old_state: Any) -> Any:
         condition, jnp.asarray(new).astype(old.dtype), old
     )
     return jax.tree.map(choose, new_state, old_state)
+
+
+def again(fn: Callable[..., Any], *args: Any) -> Any:
+    """The same as ``fn(*args)``, computed anew where XLA would store it meanwhile.
+
+    For what is cheaper to compute twice than to store, such as a new state before it is
+    known whether to keep it.
+    """
+    return fn(*jax.lax.optimization_barrier(args))
 
 
 def regularize(gram: jax.Array, reg_eps: jax.typing.ArrayLike) -> jax.Array:
@@ -417,6 +497,22 @@ def update_if(
         jax.tree.map(choose, new_update, update),
         keep_if(exists, new_state, state),
     )
+
+
+def update_tasks(
+    tx: optax.GradientTransformation,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    """The update and new state of each task on its own; zero and the old if absent."""
+    # Squares of small numbers vanish in float16.
+    precise = jax.tree.map(
+        lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates
+    )
+    update_one = lambda exists, g, s: update_if(exists, tx, g, s, params, **extra_args)
+    return jax.vmap(update_one)(tasks.has_gradient(updates), precise, state)
 
 
 def update_each(
@@ -448,12 +544,12 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(x != 0, 1 / jnp.where(x != 0, x, 1), 0)
 
 
-def softmax(logits: jax.Array, exists: jax.Array, axis: int = -1) -> jax.Array:
+def softmax(logits: jax.Array, exists: jax.Array) -> jax.Array:
     """Softmax over the tasks that are present; 0 for the others, and for all if none.
 
     With ``where`` alone, that of JAX is NaN without any, and infinite on the way.
     """
     lowest = jnp.finfo(logits.dtype).min
-    top = jnp.max(jnp.where(exists, logits, lowest), axis=axis, keepdims=True)
+    top = jnp.max(jnp.where(exists, logits, lowest), axis=-1, keepdims=True)
     sizes = jnp.where(exists, jnp.exp(jnp.where(exists, logits - top, 0)), 0)
-    return sizes * reciprocal(jnp.sum(sizes, axis=axis, keepdims=True))
+    return sizes * reciprocal(jnp.sum(sizes, axis=-1, keepdims=True))

@@ -447,12 +447,34 @@ def inner_products(
     """
     leaves = [jax.tree.leaves(tree) for tree in (updates, *others)]
     products = [_leaf_products(*same) for same in zip(*leaves, strict=True)]
-    return tuple(sum(parts) for parts in zip(*products, strict=True))
+    return tuple(sum_leaves(parts) for parts in zip(*products, strict=True))
+
+
+def sum_leaves(parts: Sequence[jax.Array]) -> jax.Array:
+    """Sum of what the leaves contribute, arrays of one shape, computed once.
+
+    Where each leaf reads it, XLA would write a sum of all into the expression of each,
+    and compile in the square of their number. It does not with a matrix product.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    stacked = jnp.stack(parts)
+    rows = stacked.reshape(len(parts), -1)
+    # A product of vectors is a sum to XLA, of two rows and more it is not.
+    ones = jnp.ones((2, len(parts)), rows.dtype)
+    total = jnp.matmul(ones, rows, precision=jax.lax.Precision.HIGHEST)[0]
+    return total.reshape(stacked.shape[1:])
+
+
+def on_one_cpu(x: jax.Array) -> bool:
+    """Whether there is one device, a CPU: nothing is sharded, and XLA needs help."""
+    is_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return is_cpu and jax.typeof(x).sharding.mesh.empty
 
 
 def _leaf_products(x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty and jax.default_backend() == "cpu" and jax.device_count() == 1:
+    if on_one_cpu(x):
         # XLA's CPU contraction wants one axis, and over a huge one it runs from memory;
         # blocks run from cache.
         x, others = jax.tree.map(lambda y: y.reshape(len(y), -1), (x, others))
@@ -689,8 +711,19 @@ def along_tasks(vector: jax.typing.ArrayLike, like: jax.Array) -> jax.Array:
 
 def has_gradient(updates: optax.Updates) -> jax.Array:
     """Which tasks have a gradient that is not exactly zero, shape ``(T,)``."""
-    nonzero = lambda x: jnp.any(x != 0, axis=tuple(range(1, x.ndim)))
-    return jnp.any(jnp.stack([nonzero(x) for x in jax.tree.leaves(updates)]), axis=0)
+    sizes = [largest(x, tuple(range(1, x.ndim))) for x in jax.tree.leaves(updates)]
+    return sum_leaves([(size != 0).astype(float) for size in sizes]) > 0
+
+
+def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Largest magnitude along some axes, of a complex number that of its larger part.
+
+    Tells zeros and numbers that are not finite, in half the time and memory of
+    ``jnp.any`` on a CPU, where XLA stores what it compared.
+    """
+    if jnp.iscomplexobj(x):
+        return jnp.maximum(largest(x.real, axes), largest(x.imag, axes))
+    return jnp.max(jnp.abs(x), axis=axes, initial=0)
 
 
 def squared_norms(updates: optax.Updates) -> jax.Array:
@@ -707,7 +740,7 @@ def squared_norms(updates: optax.Updates) -> jax.Array:
         axes = tuple(range(1, x.ndim))
         return jnp.sum((precise * precise.conj()).real, axis=axes)
 
-    return sum(square(x) for x in jax.tree.leaves(updates))
+    return sum_leaves([square(x) for x in jax.tree.leaves(updates)])
 
 
 def scale_tasks(factors: jax.Array, updates: optax.Updates) -> optax.Updates:

@@ -61,15 +61,7 @@ def per_task(
         count = tasks.check_stacked(updates, params, num_tasks, reader="per_task")
         if count is None:
             return updates, state
-        exists = tasks.has_gradient(updates)
-        # Squares of small numbers vanish in float16.
-        precise = jax.tree.map(
-            lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates
-        )
-        update_one = lambda exists, g, s: base.update_if(
-            exists, tx, g, s, params, **extra_args
-        )
-        out, new_state = jax.vmap(update_one)(exists, precise, state)
+        out, new_state = base.update_tasks(tx, updates, state, params, **extra_args)
         if jax.tree.leaves(state):
             # Squares fit, and with them what running averages of them become.
             finite = base.all_finite(tasks.squared_norms(updates))

@@ -1,10 +1,10 @@
 """Task-aware adaptive learning rates."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base
-from optax_mtl.methods.baseline.linear import linear
+from optax_mtl import arguments, base, coordinates, tasks
 from optax_mtl.wrappers import per_task
 
 
@@ -52,5 +52,20 @@ def adatask(
     arguments.check_range("b1", b1, "[0, 1)")
     arguments.check_range("b2", b2, "[0, 1)")
     arguments.check_range("eps", eps, "[0, inf)")
-    adam = optax.scale_by_adam(b1, b2, eps)
-    return base.from_coordinates(*optax.chain(per_task(adam, num_tasks), linear()))
+    adam = optax.with_extra_args_support(optax.scale_by_adam(b1, b2, eps))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if tasks.check_stacked(updates, params, num_tasks) is None:
+            return updates, state
+        step = lambda updates, state: base.update_tasks(adam, updates, state, params)
+        total = lambda x: coordinates.reduce(jnp.add, coordinates.each(jnp.array, x))
+        out = jax.tree.map(total, step(updates, state)[0])
+        # A gradient too large to be squared makes the moments infinite.
+        squares = base.again(tasks.squared_norms, updates)
+        finite = base.all_finite((squares, out))
+        new_state = base.keep_if(finite, base.again(step, updates, state)[1], state)
+        mark = lambda d, g: jnp.where(finite, d, jnp.nan).astype(g.dtype)
+        return jax.tree.map(mark, out, updates), new_state
+
+    return base.from_coordinates(per_task(adam, num_tasks).init, update_fn)

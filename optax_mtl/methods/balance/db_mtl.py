@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names
-from optax_mtl.methods.balance.inverse_norm import inverse_norm, inverse_norm_weights
-from optax_mtl.wrappers import log_losses, per_task
+from optax_mtl import arguments, base, names, tasks
+from optax_mtl.methods.balance.inverse_norm import inverse_norm_weights
 
 
 @names.by_name("min_losses")
@@ -77,19 +76,16 @@ def db_mtl(
             reads=["gram", "losses"],
             min_losses=min_losses,
         )
-    return optax.chain(
-        log_losses(min_losses=min_losses),
-        per_task(scheduled_ema(lambda k: beta / k**sigma), num_tasks),
-        inverse_norm("max"),
-    )
 
+    def scale(squares, losses):
+        del squares
+        losses = tasks.stack_losses(losses, num_tasks)
+        return base.reciprocal(base.losses_above(losses, min_losses))
 
-def scheduled_ema(decay: optax.Schedule) -> optax.GradientTransformation:
-    """:func:`optax.ema` from zero, with a decay by the number of the step from 1."""
-    make = optax.inject_hyperparams(
-        optax.ema, static_args=("debias", "accumulator_dtype")
-    )
-    return make(
-        decay=lambda count: decay(jnp.asarray(count + 1, jnp.result_type(float))),
-        debias=False,
+    return base.from_averages(
+        optax.EmptyState,
+        lambda state, gram: (inverse_norm_weights(gram, "max"), state),
+        num_tasks,
+        decay=lambda count: beta / count**sigma,
+        scale=scale,
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, report, tasks
+from optax_mtl import arguments, base, coordinates, names, report, tasks
 
 
 class EnergyGateState(NamedTuple):
@@ -118,8 +118,13 @@ def energy_gate(
         aligned = jnp.where(opposed, 0, (1 + cosine) / 2)
         return square**magnitude * aligned**alignment
 
+    def measure(g, energy):
+        """Mean energy of each task in the tensor, and whether it has a gradient."""
+        energy = jnp.broadcast_to(energy, g.shape)
+        total, exists = coordinates.sum_and_any(energy, g != 0)
+        return total / (g.size // len(g)), exists
+
     def track(old, new, exists):
-        new = jnp.mean(new, _axes_within(new, "tensor"))
         return jnp.where(exists, energy_decay * old + (1 - energy_decay) * new, old)
 
     def resolve(g, energy, usual, count, exists):
@@ -130,26 +135,39 @@ def energy_gate(
         factor = jnp.where(jnp.isfinite(usual), factor, jnp.nan)
         # Energies of zero become the smallest number, and stay equal to each other.
         tiny = jnp.finfo(energy.dtype).tiny
-        logits = (
-            jnp.log(jnp.maximum(tasks.along_tasks(factor, g) * energy, tiny))
-            / temperature
-        )
-        takes_part = tasks.along_tasks(exists, g)
-        gates = exists.sum() * base.softmax(logits, takes_part, axis=0)
-        return jnp.sum(jnp.where(takes_part, gates * g, 0), axis=0)
+
+        # The softmax of logarithms is a ratio; of roots, because it spans the range of
+        # numbers twice.
+        def root(energy, factor, exists):
+            return jnp.sqrt(jnp.where(exists, jnp.maximum(factor * energy, tiny), 0))
+
+        factor = jnp.broadcast_to(factor, exists.shape)
+        roots = coordinates.each(root, energy, factor, exists)
+        inverse = base.reciprocal(coordinates.reduce(jnp.maximum, roots))
+        power = 2 / temperature
+        shares = coordinates.each(lambda root: (root * inverse) ** power, roots)
+        total = coordinates.reduce(jnp.add, coordinates.each(jnp.multiply, shares, g))
+        gates = exists.sum() * base.reciprocal(coordinates.reduce(jnp.add, shares))
+        return gates * total
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
-        exists = jax.tree.map(
-            lambda g: jnp.any(g != 0, _axes_within(g, "tensor")), updates
-        )
         now = jax.tree.map(energy, updates, state.average)
+        seen = now
+        if granularity == "element":  # As large as the gradients.
+            each = lambda *trees: jax.tree.map(energy, *trees)
+            seen = base.again(each, updates, state.average)
+        means, exists = jax.tree.transpose(
+            jax.tree.structure(updates),
+            jax.tree.structure((0, 0)),
+            jax.tree.map(measure, updates, seen),
+        )
         counts = jax.tree.map(jnp.add, state.counts, exists)
-        energies = jax.tree.map(track, state.energies, now, exists)
+        energies = jax.tree.map(track, state.energies, means, exists)
         update = jax.tree.map(resolve, updates, now, energies, counts, exists)
-        some = jnp.any(jnp.stack(jax.tree.leaves(exists)))
+        some = jnp.any(tasks.has_gradient(exists))
         step = jnp.where(some, 1 - decay, 0)
         average = optax.incremental_update(update, state.average, step)
         new_state = base.keep_if(

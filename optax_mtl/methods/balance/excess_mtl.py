@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, report, tasks
+from optax_mtl import arguments, base, coordinates, report, tasks
 
 
 class ExcessMTLState(NamedTuple):
@@ -91,16 +91,18 @@ def excess_mtl(
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
         square = lambda g, s: jnp.square(g.astype(s.dtype))
-        squares = jax.tree.map(lambda g, s: s + square(g, s), updates, state.squares)
+        add = lambda g, s: jax.tree.map(lambda g, s: s + square(g, s), g, s)
+        squares = add(updates, state.squares)
 
         def excess_leaf(g, s):
             # A sum of squares of zero has seen nothing but zeros.
             risk = square(g, s) / jnp.sqrt(jnp.where(s > 0, s, 1))
-            return jnp.sum(
-                jnp.where(jnp.isfinite(s), risk, jnp.nan), axis=tuple(range(1, g.ndim))
-            )
+            total, failed = coordinates.sum_and_any(risk, ~jnp.isfinite(s))
+            return jnp.where(failed, jnp.nan, total)
 
-        excess = jax.tree.reduce(jnp.add, jax.tree.map(excess_leaf, updates, squares))
+        excess = tasks.sum_leaves(
+            jax.tree.leaves(jax.tree.map(excess_leaf, updates, squares))
+        )
         exists = excess > 0
         known = state.counts >= warmup_steps
         growth = eta * excess * warmup_steps * base.reciprocal(state.initial)
@@ -109,7 +111,7 @@ def excess_mtl(
         weights = jnp.where(base.all_finite(excess), weights, jnp.nan)
         out = tasks.combine(weights, updates)
         new_state = ExcessMTLState(
-            squares=squares,
+            squares=base.again(add, updates, state.squares),
             logits=logits - logits.max(),
             counts=state.counts + (exists & ~known),
             initial=state.initial + jnp.where(known, 0, excess),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, report, tasks
+from optax_mtl import arguments, base, coordinates, report, tasks
 
 
 class SAMGSState(NamedTuple):
@@ -134,13 +134,14 @@ def sam_gs(
         squared = b2 * state.dissimilarity + (1 - b2) * (1 - psi) ** 2 + 1e-8
         dissimilarity = jnp.where(some, squared, state.dissimilarity)
         counts = jnp.where(exists, optax.safe_increment(state.counts), state.counts)
-        momentum = jax.tree.map(
-            lambda m, g: jnp.where(
+
+        def average(momentum, updates):
+            new = lambda m, g: jnp.where(
                 tasks.along_tasks(exists, m), b1 * m + (1 - b1) * g, m
-            ),
-            state.momentum,
-            updates,
-        )
+            )
+            return jax.tree.map(new, momentum, updates)
+
+        momentum = average(state.momentum, updates)
 
         equalise = (smallest if similarity == "min" else psi) < gamma
         # Divisions are by zero only for absent tasks, whose gradient is zero.
@@ -152,14 +153,18 @@ def sam_gs(
         factor = exists.sum() if scale_by_num_tasks else 1
 
         def resolve(g, m):
-            sizes = jnp.where(
-                equalise,
-                tasks.along_tasks(equal, g),
-                jnp.abs(m) * tasks.along_tasks(inverse, g),
+            scale = lambda equal, inverse, m, g: (
+                jnp.where(equalise, equal, jnp.abs(m) * inverse) * g
             )
-            return (factor * jnp.sum(sizes * g, axis=0)).astype(g.dtype)
+            scaled = coordinates.each(scale, equal, inverse, m, g)
+            return (factor * coordinates.reduce(jnp.add, scaled)).astype(g.dtype)
 
-        new_state = SAMGSState(counts, momentum, steps, dissimilarity)
+        new_state = SAMGSState(
+            counts=counts,
+            momentum=base.again(average, state.momentum, updates),
+            steps=steps,
+            dissimilarity=dissimilarity,
+        )
         out = jax.tree.map(resolve, updates, momentum)
         return out, base.keep_if(base.all_finite(out), new_state, state)
 

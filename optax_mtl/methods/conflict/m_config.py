@@ -98,33 +98,32 @@ def m_config(
         del extra_args
         if tasks.check_stacked(updates, params, num_tasks) is None:
             return updates, state
-        exists = tasks.has_gradient(updates)
-        decay = jnp.where(exists, b1, 1)
-        first = jax.tree.map(
-            lambda m, g: tasks.scale_tasks(decay, m) + tasks.scale_tasks(1 - decay, g),
-            state.first,
-            updates,
+        # Known before the moments are, which are then written in place, and once: of
+        # gradients that can be squared, they are finite.
+        finite = base.all_finite(tasks.squared_norms(updates))
+        exists = tasks.has_gradient(updates) & finite
+        average = lambda m, g: jnp.where(
+            tasks.along_tasks(exists, m), b1 * m + (1 - b1) * g, m
         )
+        first = jax.tree.map(average, state.first, updates)
         counts = state.counts + exists
         # No moves in the first round, nor where all tasks are absent.
         seen = counts > 0
         moves = (jnp.all(seen) | jnp.any(counts > 1)) & jnp.any(exists)
 
         bias = lambda decay, count: 1 - decay ** jnp.maximum(count, 1)
-        unbiased = tasks.scale_tasks(1 / bias(b1, counts), first)
-        weights = config_weights(tasks.gram(unbiased), seen.astype(float))
-        resolved = tasks.combine(weights, unbiased)
+        factors = 1 / bias(b1, counts)
+        unbiased = jnp.outer(factors, factors) * tasks.gram(first)
+        weights = config_weights(unbiased, seen.astype(float))
+        resolved = tasks.combine(weights * factors, first)
         steps = optax.safe_increment(state.steps)
         direction = jax.tree.map(lambda d: d * bias(b1, steps), resolved)
-        second = jax.tree.map(
-            lambda s, new, old: b2 * s + (1 - b2) * ((new - b1 * old) / (1 - b1)) ** 2,
-            state.second,
-            direction,
-            state.direction,
-        )
 
-        # A gradient too large to be squared makes the moments infinite.
-        finite = base.all_finite((tasks.squared_norms(updates), second))
+        def average_square(s, new, old):
+            square = ((new - b1 * old) / (1 - b1)) ** 2
+            return b2 * s + (1 - b2) * jnp.minimum(square, jnp.finfo(s.dtype).max)
+
+        second = jax.tree.map(average_square, state.second, direction, state.direction)
 
         def step(d, s, g):
             out = jnp.where(moves, d / (jnp.sqrt(s / bias(b2, steps)) + eps), 0)
@@ -135,7 +134,6 @@ def m_config(
             MConFIGState(first, counts, direction, second, steps),
             state._replace(first=first, counts=counts),
         )
-        out = jax.tree.map(step, resolved, second, updates)
-        return out, base.keep_if(finite, kept, state)
+        return jax.tree.map(step, resolved, second, updates), kept
 
     return base.from_coordinates(init, update)

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import arguments, base, names, solvers, tasks
-from optax_mtl.methods.balance.db_mtl import scheduled_ema
 from optax_mtl.methods.conflict.modo import move_on_simplex, uniform
-from optax_mtl.wrappers import per_task
 
 
 class MoCoState(NamedTuple):
@@ -108,25 +106,15 @@ def moco(
         weights, stored = move_on_simplex(state.weights, exists, move)
         return weights, MoCoState(optax.safe_increment(state.steps), stored)
 
-    return optax.chain(
-        optax.identity() if normalize is None else _scale_to_losses(min_losses),
-        per_task(scheduled_ema(lambda k: 1 - beta / k**beta_sigma), num_tasks),
-        base.from_state(init_fn, step, num_tasks, reads=["gram"]),
+    def scale_to_losses(squares, losses):
+        """Gives each gradient the norm of its loss."""
+        above = base.losses_above(tasks.stack_losses(losses, num_tasks), min_losses)
+        return above * base.reciprocal(jnp.sqrt(squares))
+
+    return base.from_averages(
+        init_fn,
+        step,
+        num_tasks,
+        decay=lambda count: 1 - beta / count**beta_sigma,
+        scale=None if normalize is None else scale_to_losses,
     )
-
-
-def _scale_to_losses(min_losses):
-    """Gives each gradient the norm of its loss."""
-
-    def update(updates, state, params=None, *, losses=None, **extra_args):
-        del extra_args
-        count = tasks.check_stacked(updates, params)
-        if count is None:
-            return updates, state
-        norms = jnp.sqrt(tasks.squared_norms(updates))
-        norms = jnp.where(jnp.isfinite(norms), norms, jnp.nan)  # Not absent.
-        above = base.losses_above(tasks.stack_losses(losses, count), min_losses)
-        factors = above * base.reciprocal(norms)
-        return tasks.scale_tasks(factors, updates), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -103,10 +103,10 @@ def bloop(
         others = (jnp.arange(count) != number).astype(float)
         secondary = tasks.combine(others, precise)
 
-        exists = optax.tree.norm(main, squared=True) > 0
+        alone = lambda tree: jax.tree.map(lambda x: x[None], tree)
+        exists = tasks.squared_norms(alone(main))[0] > 0
         step = jnp.where(exists, jnp.where(state.steps == 0, 1, step_size), 0)
         average = optax.incremental_update(main, state.average, step)
-        alone = lambda tree: jax.tree.map(lambda x: x[None], tree)
         products = tasks.inner_products(
             alone(average), alone(average), alone(secondary)
         )

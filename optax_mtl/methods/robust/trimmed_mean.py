@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, coordinates, tasks
 
 
 def trimmed_mean(
@@ -71,15 +71,9 @@ def trimmed_mean(
 
 
 def _trimmed_mean(x, exists, num_trimmed):
-    column = lambda v: tasks.along_tasks(v, x)
-    # Absent tasks come last; no infinity, which would stop a step under debug_infs.
-    ordered = jnp.sort(jnp.where(column(exists), x, jnp.finfo(x.dtype).max), axis=0)
     count = exists.sum()
     trimmed = jnp.minimum(num_trimmed, jnp.maximum(count - 1, 0) // 2)
     rank = jnp.arange(len(x))
-    inner = column((rank >= trimmed) & (rank < count - trimmed))
-    accurate = jnp.promote_types(x.dtype, jnp.float32)
-    total = jnp.sum(jnp.where(inner, ordered, 0), axis=0, dtype=accurate)
-    mean = total / jnp.maximum(count - 2 * trimmed, 1)
-    # What is not finite is not trimmed away: the step is to be skipped.
-    return jnp.where(jnp.isfinite(x).all(axis=0), mean, jnp.nan).astype(x.dtype)
+    inner = (rank >= trimmed) & (rank < count - trimmed)
+    weights = inner / jnp.maximum(count - 2 * trimmed, 1)
+    return coordinates.combine_in_order(weights, x, exists).astype(x.dtype)
