@@ -210,6 +210,9 @@ class AveragesState(NamedTuple):
     averages: optax.Updates  # Their running averages, float32, `(T, *p)`.
     inner: Any  # State behind the weights.
 
+    def __repr__(self):
+        return report.describe_state(self)
+
 
 def from_averages(
     init_fn: Callable[[], Any],
