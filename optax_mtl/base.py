@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import arguments, names, tasks
+from optax_mtl import arguments, names, report, tasks
 
 
 def from_gram(
