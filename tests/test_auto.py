@@ -127,3 +127,13 @@ def test_named_heads_cost_each_task_its_own(monkeypatch):
     assert apart <= 1.1 * floor
     monkeypatch.setattr(backward, "MAX_EQUATIONS", 1)
     assert cost() > apart
+
+
+def test_nothing_of_a_branch_is_kept():
+    """A gradient that outlives the branch would be a leak, used or not."""
+    params, losses_fn = problem(3)
+    method = optax_mtl.upgrad()
+    for held in (method, optax_mtl.zero_nonfinite(method)):
+        step = in_mode("auto", losses_fn, optax_mtl.update_every(held, 2, 3), params)
+        with jax.checking_leaks():
+            jax.make_jaxpr(step)(params)

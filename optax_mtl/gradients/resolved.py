@@ -175,20 +175,20 @@ def _view(mode, push_forward, primals, losses):
 
     compute = apart = by_columns if mode == "gram" else leafwise
     if mode == "auto" and _are_few(len(vector), primals[0]):
-        kept: list[Any] = []  # The trace, and the gradients that belong to it.
+        trace_of_view = get_opaque_trace_state(convention="optax_mtl")
+        kept: list[Any] = []
 
         def compute():
             gradients = pull_back_each(push_forward, primals, losses)[0]
-            kept[:] = get_opaque_trace_state(convention="optax_mtl"), gradients
+            # Those that a branch computes are not there outside of it.
+            if trace_of_view == get_opaque_trace_state(convention="optax_mtl"):
+                kept[:] = [gradients]
             return tasks.gram(gradients)
 
         combine_anew = combine
 
         def combine(weights):
-            here = get_opaque_trace_state(convention="optax_mtl")
-            if not kept or kept[0] != here:  # Measured inside a branch, or not at all.
-                return combine_anew(weights)
-            return tasks.combine(weights, kept[1])
+            return tasks.combine(weights, *kept) if kept else combine_anew(weights)
 
     if not listed or len(losses) > MAX_APART:
         return tasks.GramView(len(vector), compute, combine)
