@@ -163,8 +163,11 @@ def _view(mode, push_forward, primals, losses):
     pull_back = jax.linear_transpose(push_forward, *primals)
     listed = isinstance(losses, list)
 
+    def pull_back_all():
+        return pull_back_each(push_forward, primals, losses)[0]
+
     def leafwise():
-        return tasks.gram(pull_back_each(push_forward, primals, losses)[0])
+        return tasks.gram(pull_back_all())
 
     def by_columns(pull_back_task=lambda _, cotangent: pull_back(cotangent)[0]):
         return _gram_by_columns(push_forward, primals, losses, pull_back_task)
@@ -179,7 +182,7 @@ def _view(mode, push_forward, primals, losses):
         kept: list[Any] = []
 
         def compute():
-            gradients = pull_back_each(push_forward, primals, losses)[0]
+            gradients = pull_back_all()
             # Those that a branch computes are not there outside of it.
             if trace_of_view == get_opaque_trace_state(convention="optax_mtl"):
                 kept[:] = [gradients]
@@ -189,6 +192,12 @@ def _view(mode, push_forward, primals, losses):
 
         def combine(weights):
             return tasks.combine(weights, *kept) if kept else combine_anew(weights)
+
+        def combine_kept(weights, keep):
+            (gradients,) = kept or [pull_back_all()]
+            return tasks.combine(weights, tasks.drop_tasks(keep, gradients))
+
+        return tasks.GramView(len(vector), compute, combine, combine_kept)
 
     if not listed or len(losses) > MAX_APART:
         return tasks.GramView(len(vector), compute, combine)
