@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.extend.core import Literal
 
 from optax_mtl import arguments, guards, tasks
@@ -129,14 +128,7 @@ def _chain_of(tx, params, shared):
             params, held = nnx.as_pure((params, held))
         else:
             forwards = not type(holder).apply_gradients.__module__.startswith("flax.")
-    if isinstance(tx, optax.GradientTransformation):
-        return optax.with_extra_args_support(tx), params, shared, held, forwards
-    if not hasattr(tx, "init") or not hasattr(tx, "update"):
-        raise TypeError(
-            f"tx is {tx!r}, expected a gradient transformation: call what makes it, as"
-            " in optax.chain(optax_mtl.upgrad(), optax.adamw(1e-3))"
-        )
-    chain = optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    chain = arguments.as_transformation("tx", tx)
     return chain, params, shared, held, forwards
 
 

@@ -117,7 +117,7 @@ def value_and_grad(
     """
     arguments.check_choice("has_aux", has_aux, (True, False))
     arguments.check_choice("mode", mode, ("auto", "gram", "leafwise", "stacked"))
-    method = optax.with_extra_args_support(method)
+    method = arguments.as_transformation("method", method)
     init_call = "the init of what value_and_grad returns: resolve.init(params)"
 
     def init(params):
