@@ -91,7 +91,7 @@ def scale_by_agreement(
     arguments.check_range("decay", decay, "(0, 1]")
     arguments.check_range("growth", growth, "[1, inf)")
     arguments.check_range("ceiling", ceiling, "(0, inf]")
-    tx = optax.with_extra_args_support(tx)
+    tx = arguments.as_transformation("tx", tx)
 
     def init_fn(params):
         return AgreementState(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_mtl import names, tasks
 
@@ -87,6 +88,22 @@ def check_function(name: str, value: Any) -> None:
     check_static(name, value)
     if not callable(value):
         raise TypeError(f"{name} is {value!r}; it should be a function")
+
+
+def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+    """What has an ``init`` and an ``update``, as a transformation with extra arguments.
+
+    Raises:
+      TypeError: for something else, such as the function that makes one.
+    """
+    if isinstance(tx, optax.GradientTransformation):
+        return optax.with_extra_args_support(tx)
+    if not hasattr(tx, "init") or not hasattr(tx, "update"):
+        raise TypeError(
+            f"{name} is {tx!r}, expected a gradient transformation: call what makes it,"
+            " as in optax.chain(optax_mtl.upgrad(), optax.adamw(1e-3))"
+        )
+    return optax.GradientTransformationExtraArgs(tx.init, tx.update)
 
 
 def check_dtype(name: str, dtype: Any) -> None:

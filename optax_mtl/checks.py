@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.extend.core import Literal
 
-from optax_mtl import guards, tasks
+from optax_mtl import arguments, guards, tasks
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels, labels_of
 
@@ -64,8 +63,7 @@ which consumes the task axis
     """
     chain, params, shared, held, forwards = _chain_of(tx, params, shared)
     shared_part, heads = split(params, shared)
-    if not isinstance(num_tasks, int) or num_tasks < 1:
-        raise ValueError(f"num_tasks is {num_tasks!r}; it should be a whole number")
+    arguments.check_count("num_tasks", num_tasks)
     shape_of = lambda p, *axes: jax.ShapeDtypeStruct(
         (*axes, *jnp.shape(p)), jnp.result_type(p)
     )
@@ -90,7 +88,10 @@ which consumes the task axis
             )
         args = state, params, losses
         trace = jax.make_jaxpr(step, return_shape=True)
-        with _explained(state, shared, forwards), tasks.marking_reads():
+        with (
+            tasks.marking_reads() as reads,
+            _explained(state, shared, forwards, num_tasks, reads),
+        ):
             program, (out, new_state) = trace(updates, *args)
     is_stacked = jax.tree.map(lambda g, p: g.ndim > p.ndim, updates, params)
     kinds = [
@@ -115,29 +116,37 @@ def _chain_of(tx, params, shared):
 
             from optax_mtl.nnx import mask_of_state
 
-            params = nnx.state(params, holder.wrt)
+            model = params
+            params = nnx.state(model, holder.wrt)
+            if not jax.tree.leaves(params):
+                raise ValueError(
+                    f"wrt={holder.wrt} picks no variable of params, a"
+                    f" {type(model).__name__}: hand over the model of this"
+                    " nnx.Optimizer, or an nnx.State of its parameters"
+                )
             shared = mask_of_state(params, shared)
             params, held = nnx.as_pure((params, held))
         else:
             forwards = not type(holder).apply_gradients.__module__.startswith("flax.")
-    if isinstance(tx, optax.GradientTransformation):
-        return optax.with_extra_args_support(tx), params, shared, held, forwards
-    if not hasattr(tx, "init") or not hasattr(tx, "update"):
-        raise TypeError(
-            f"tx is {tx!r}, expected a gradient transformation: call what makes it, as"
-            " in optax.chain(optax_mtl.upgrad(), optax.adamw(1e-3))"
-        )
-    chain = optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    chain = arguments.as_transformation("tx", tx)
     return chain, params, shared, held, forwards
 
 
 @contextlib.contextmanager
-def _explained(state: Any, shared: Any, forwards: bool) -> Iterator[None]:
+def _explained(
+    state: Any, shared: Any, forwards: bool, num_tasks: int, reads: Iterator[int]
+) -> Iterator[None]:
     """Adds to an error of the chain what only the caller of it knows."""
     try:
         yield
     except (TypeError, ValueError) as error:
         guards.explain_conditional(error, state)
+        if next(reads) == 0:
+            error.add_note(
+                "No method has read the gradients so far, and what comes before one"
+                " sees those of all tasks, stacked: put it after the method, or wrap it"
+                f" as optax_mtl.per_task(tx, num_tasks={num_tasks})"
+            )
         if not forwards:
             error.add_note(
                 "Flax's TrainState hands no losses on: take"

@@ -47,7 +47,7 @@ def apply_if_finite(
       [0. 0.] 1
     """
     arguments.check_count("max_consecutive_errors", max_consecutive_errors, least=0)
-    tx = optax.with_extra_args_support(tx)
+    tx = arguments.as_transformation("tx", tx)
 
     def init(params):
         return optax.apply_if_finite(tx, max_consecutive_errors).init(params)
@@ -114,7 +114,7 @@ def checked(
 begin the chain with a method, such as optax_mtl.linear(), which consumes the task \
 axis of every leaf
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = arguments.as_transformation("tx", tx)
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
@@ -193,7 +193,7 @@ def zero_nonfinite(
       Where the gradients are known through their Gram matrix alone, it is computed in
       every step, also for a method that reads losses alone.
     """
-    inner = optax.with_extra_args_support(optax.identity() if tx is None else tx)
+    inner = arguments.as_transformation("tx", optax.identity() if tx is None else tx)
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
         count = tasks.check_stacked(updates, params, gram_suffices=True)

@@ -99,11 +99,15 @@ _READS: contextvars.ContextVar[Iterator[int] | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def marking_reads() -> Iterator[None]:
-    """Names the gradients by :data:`READ` and a number where they are read."""
-    token = _READS.set(itertools.count())
+def marking_reads() -> Iterator[Iterator[int]]:
+    """Names the gradients by :data:`READ` and a number where they are read.
+
+    Yields what counts the reads, of which the next number is that of reads so far.
+    """
+    reads = itertools.count()
+    token = _READS.set(reads)
     try:
-        yield
+        yield reads
     finally:
         _READS.reset(token)
 
@@ -135,6 +139,8 @@ def check_stacked(
         with shapes other than ``(T, *p)``, for an empty tree, and if T is not
         ``num_tasks``.
     """
+    reads = _READS.get()
+    name = f"{READ}{next(reads)}" if reads is not None else ""
     if isinstance(updates, GramView) and not gram_suffices:
         updates.refuse(reader)
     is_view = isinstance(updates, GramView)
@@ -145,9 +151,7 @@ def check_stacked(
             f" the gradients of {found} tasks; make it with num_tasks={found}"
         )
     # Not where gram and combine are called by a method that is written elsewhere.
-    reads = _READS.get()
-    if reads is not None and params is not None and not is_view:
-        name = f"{READ}{next(reads)}"
+    if name and params is not None and not is_view:
         jax.tree.map(lambda x: checkpoint_name(x, name), updates)
     return found
 
@@ -309,7 +313,8 @@ def stack_losses(losses: Any, num_tasks: int | None, name: str = "losses") -> ja
         raise TypeError(
             "this method reads the losses of the tasks: call update(updates, state,"
             " params, losses=losses), with Flax NNX optimizer.update(model, grads,"
-            " losses=losses)"
+            " losses=losses), with optax_mtl.linen.TrainState"
+            " state.apply_gradients(grads=grads, losses=losses)"
         )
     leaves = jax.tree.leaves(losses)
     for leaf in leaves:
@@ -621,7 +626,8 @@ def conflicts(gram: jax.Array, names: Any = None) -> Conflicts:
       Norms, cosines, the smallest cosine, the share of conflicting pairs, and
       the alignment :math:`\|\sum_i g_i\| / \sum_i \|g_i\|`, which is 1 for
       gradients of one direction and 0 for gradients that cancel. Absent tasks
-      are left out of every figure. ``print`` shows a summary.
+      are left out of every figure; one that is not finite makes every figure that it
+      takes part in NaN. ``print`` shows a summary.
 
     Raises:
       ValueError: for a number of names other than T, and for a name used twice.
@@ -647,20 +653,21 @@ def conflicts(gram: jax.Array, names: Any = None) -> Conflicts:
     """
     _check_gram(gram, "conflicts")
     known = _names_for(names, len(gram))
-    exists = present(gram)
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    exists = norms != 0  # NaN is not absent.
     cosines = cosine_similarity(gram)
     pairs = jnp.outer(exists, exists) & ~jnp.eye(len(gram), dtype=bool)
-    norms = jnp.sqrt(jnp.diagonal(gram))
+    opposed = (cosines < 0) + 0 * cosines  # Not known where the cosine is not.
     total = norms.sum()
     return Conflicts(
         norms=norms,
         cosines=cosines,
         min_cosine=jnp.min(jnp.where(pairs, cosines, 1)),
-        conflicting=jnp.sum(pairs & (cosines < 0)) / jnp.maximum(pairs.sum(), 1),
+        conflicting=jnp.sum(jnp.where(pairs, opposed, 0)) / jnp.maximum(pairs.sum(), 1),
         alignment=jnp.where(
-            total > 0,
-            jnp.sqrt(jnp.maximum(gram.sum(), 0)) / jnp.where(total > 0, total, 1),
+            total == 0,
             1,
+            jnp.sqrt(jnp.maximum(gram.sum(), 0)) / jnp.where(total == 0, 1, total),
         ),
         names=known,
     )

@@ -49,7 +49,7 @@ def per_task(
       state stays.
     """
     arguments.check_count("num_tasks", num_tasks)
-    tx = optax.with_extra_args_support(tx)
+    tx = arguments.as_transformation("tx", tx)
 
     def init(params):
         # A weakly typed scalar parameter would make a state of another type.
@@ -206,6 +206,7 @@ def smooth_weights(
     """
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_range("decay", decay, "[0, 1]")
+    method = arguments.as_transformation("method", method)
 
     def init(params):
         return SmoothWeightsState(
@@ -284,6 +285,7 @@ def update_every(
     """
     arguments.check_count("k", k)
     arguments.check_count("num_tasks", num_tasks)
+    method = arguments.as_transformation("method", method)
 
     def init(params):
         return UpdateEveryState(
@@ -343,6 +345,7 @@ def per_group(
       >>> print(method.update(updates, state)[0])
       {'a': Array([0.], dtype=float32), 'b': Array([1.], dtype=float32)}
     """
+    method = arguments.as_transformation("method", method)
 
     def partition(tree):
         names = labels_of(tree, labels, "labels")
@@ -475,6 +478,7 @@ def with_sharded_parameters(
     .. note::
       Gradients must be averaged over the data before, as without this wrapper.
     """
+    method = arguments.as_transformation("method", method)
 
     def update(updates, state, params=None, **extra_args):
         reader = "with_sharded_parameters"

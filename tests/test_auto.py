@@ -127,3 +127,33 @@ def test_named_heads_cost_each_task_its_own(monkeypatch):
     assert apart <= 1.1 * floor
     monkeypatch.setattr(backward, "MAX_EQUATIONS", 1)
     assert cost() > apart
+
+
+def test_nothing_of_a_branch_is_kept():
+    """A gradient that outlives the branch would be a leak, used or not."""
+    params, losses_fn = problem(3)
+    method = optax_mtl.upgrad()
+    for held in (method, optax_mtl.zero_nonfinite(method)):
+        step = in_mode("auto", losses_fn, optax_mtl.update_every(held, 2, 3), params)
+        with jax.checking_leaks():
+            jax.make_jaxpr(step)(params)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_tasks_left_out_cost_no_pass_and_spoil_nothing(named):
+    params, losses_fn = problem(3)
+
+    def spoilt(params):
+        losses = losses_fn(params)
+        losses["01"] = losses["01"] * jnp.nan
+        return losses if named else jnp.stack(list(losses.values()))
+
+    method = optax_mtl.zero_nonfinite(optax_mtl.upgrad())
+    both = {mode: in_mode(mode, spoilt, method, params) for mode in ("auto", "stacked")}
+    trunks = [compiled_fast(step)(params)[1]["trunk"] for step in both.values()]
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *trunks
+    )
+    # By name, those that are left are finite.
+    assert np.any(np.asarray(trunks[0][0])) == named
+    assert flops(both["auto"], params) <= 1.1 * flops(both["stacked"], params)

@@ -174,3 +174,32 @@ def test_methods_that_are_none(kind):
     call, message = STEPS[kind]
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+NOT_CALLED = {
+    "value_and_grad": lambda tx: optax_mtl.value_and_grad(jnp.sin, tx),
+    "its optimizer": lambda tx: optax_mtl.value_and_grad(
+        jnp.sin, optax_mtl.upgrad(), optimizer=tx
+    ),
+    "at features": lambda tx: optax_mtl.value_and_grad_at_features(
+        jnp.sin, jnp.sin, tx
+    ),
+    "per_task": lambda tx: optax_mtl.per_task(tx, 2),
+    "per_group": lambda tx: optax_mtl.per_group(tx, {"w": "a"}),
+    "smooth_weights": lambda tx: optax_mtl.smooth_weights(tx, 2),
+    "update_every": lambda tx: optax_mtl.update_every(tx, 2, 2),
+    "sharded": lambda tx: optax_mtl.with_sharded_parameters(tx, "data"),
+    "agreement": lambda tx: optax_mtl.scale_by_agreement(tx),
+    "multi_steps": lambda tx: optax_mtl.multi_steps(tx, 2, 2),
+    "apply_if_finite": lambda tx: optax_mtl.apply_if_finite(tx, 2),
+    "checked": optax_mtl.checked,
+    "zero_nonfinite": optax_mtl.zero_nonfinite,
+}
+
+
+@pytest.mark.parametrize("kind", NOT_CALLED)
+def test_a_transformation_that_was_not_called(kind):
+    message = r"(tx|method|optimizer) is <function \w+.*call what makes it"
+    with pytest.raises(TypeError, match=message):
+        NOT_CALLED[kind](optax_mtl.upgrad)
+    NOT_CALLED[kind](optax_mtl.upgrad())

@@ -255,6 +255,10 @@ def test_an_optimizer_of_nnx():
     assert "params['heads']['bias']" in message(
         lambda: check(optimizer_of(ADAM), model, T)
     )
+    pure = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert "hand over the model of this nnx.Optimizer" in message(
+        lambda: check(right, pure, T, shared=trunk)
+    )
     del model.norm
     assert "the state that is held was made by another chain" in message(
         lambda: check(right, model, T, shared=trunk)
@@ -281,3 +285,22 @@ def test_computes_nothing():
     check(optax.chain(optax_mtl.cagrad(), optax.adamw(1e-3)), params, 64)
     with pytest.raises(ValueError, match="there is no method"):
         check(optax.adamw(1e-3), params, 64)
+
+
+@pytest.mark.parametrize(
+    "first", [optax.adaptive_grad_clip(0.1), optax.contrib.muon(1e-3)]
+)
+def test_what_fails_before_the_method_is_told_to_go_after_it(first):
+    """Optax's own error, of shapes, says nothing of tasks."""
+    after = "put it after the method, or wrap it as optax_mtl.per_task(tx, num_tasks=3)"
+    assert after in message(lambda: check(optax.chain(first, CHAIN), PARAMS, T))
+    assert after not in message(
+        lambda: check(optax.chain(CHAIN, optax.lbfgs()), PARAMS, T)
+    )
+
+
+def test_the_number_of_tasks_is_an_integer():
+    check(CHAIN, PARAMS, np.int64(T))  # As len and shapes of NumPy's give it.
+    for wrong in (True, 3.0, 0):
+        with pytest.raises(ValueError, match="num_tasks is"):
+            check(CHAIN, PARAMS, wrong)

@@ -146,3 +146,14 @@ def test_states_without_values_are_shown_by_shape():
     step(state)
     assert seen == [shapes]
     assert repr(state) == shapes  # Donated: it is no more.
+
+
+def test_a_task_that_is_not_finite_is_no_agreement():
+    """It is not absent: what it takes part in is not known, the rest is."""
+    gram = jnp.array([[1.0, -1, jnp.nan], [-1, 4, jnp.nan], [jnp.nan] * 3])
+    report = optax_mtl.conflicts(gram, names=["a", "b", "c"])
+    figures = report.min_cosine, report.conflicting, report.alignment
+    assert np.isnan(figures).all()
+    assert report.cosines[0, 1] == -0.5
+    text = str(report)
+    assert "nan% of the pairs of 3 tasks conflict; alignment nan" in text

@@ -193,3 +193,13 @@ def test_unknown_names_are_refused():
         testing.check_promise("symetric", make)
     with pytest.raises(ValueError, match="reads is 'grams'"):
         testing.check_contract(make, reads=["grams"])
+
+
+def test_a_method_where_what_makes_it_is_meant():
+    for check in (
+        testing.check_contract,
+        lambda make: testing.check_promise("symmetric", make),
+        lambda make: testing.check_scale("mean", make),
+    ):
+        with pytest.raises(TypeError, match=r"make is .* it should be a function"):
+            check(optax_mtl.upgrad())

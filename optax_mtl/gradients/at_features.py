@@ -91,7 +91,7 @@ def value_and_grad_at_features(
     """
     arguments.check_choice("has_aux", has_aux, (True, False))
     arguments.check_choice("sum_batch", sum_batch, (True, False))
-    method = optax.with_extra_args_support(method)
+    method = arguments.as_transformation("method", method)
     init_call = (
         "the init of what value_and_grad_at_features returns:"
         " resolve.init(params, *args), from the features and not from the parameters"

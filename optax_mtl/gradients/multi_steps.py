@@ -91,7 +91,7 @@ def multi_steps(
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_choice("one_task_each", one_task_each, (True, False))
     arguments.check_dtype("accumulator_dtype", accumulator_dtype)
-    tx = optax.with_extra_args_support(tx)
+    tx = arguments.as_transformation("tx", tx)
     if one_task_each:
         averaging.calls_of_each_task(every_k, num_tasks, "every_k")
 

@@ -136,7 +136,7 @@ def value_and_grad(
     arguments.check_choice("has_aux", has_aux, (True, False))
     arguments.check_choice("mode", mode, ("auto", "gram", "leafwise", "stacked"))
     arguments.check_choice("own_data", own_data, (True, False))
-    method = optax.with_extra_args_support(method)
+    method = arguments.as_transformation("method", method)
     init_call = "the init of what value_and_grad returns: resolve.init(params)"
 
     def init(params):
@@ -200,8 +200,11 @@ def _view(mode, push_forward, primals, losses):
     pull_back = jax.linear_transpose(push_forward, *primals)
     listed = isinstance(losses, list)
 
+    def pull_back_all():
+        return pull_back_each(push_forward, primals, losses)[0]
+
     def leafwise():
-        return tasks.gram(pull_back_each(push_forward, primals, losses)[0])
+        return tasks.gram(pull_back_all())
 
     def by_columns(pull_back_task=lambda _, cotangent: pull_back(cotangent)[0]):
         return _gram_by_columns(push_forward, primals, losses, pull_back_task)
@@ -212,20 +215,26 @@ def _view(mode, push_forward, primals, losses):
 
     compute = apart = by_columns if mode == "gram" else leafwise
     if mode == "auto" and _are_few(len(vector), primals[0]):
-        kept: list[Any] = []  # The trace, and the gradients that belong to it.
+        trace_of_view = get_opaque_trace_state(convention="optax_mtl")
+        kept: list[Any] = []
 
         def compute():
-            gradients = pull_back_each(push_forward, primals, losses)[0]
-            kept[:] = get_opaque_trace_state(convention="optax_mtl"), gradients
+            gradients = pull_back_all()
+            # Those that a branch computes are not there outside of it.
+            if trace_of_view == get_opaque_trace_state(convention="optax_mtl"):
+                kept[:] = [gradients]
             return tasks.gram(gradients)
 
         combine_anew = combine
 
         def combine(weights):
-            here = get_opaque_trace_state(convention="optax_mtl")
-            if not kept or kept[0] != here:  # Measured inside a branch, or not at all.
-                return combine_anew(weights)
-            return tasks.combine(weights, kept[1])
+            return tasks.combine(weights, *kept) if kept else combine_anew(weights)
+
+        def combine_kept(weights, keep):
+            (gradients,) = kept or [pull_back_all()]
+            return tasks.combine(weights, tasks.drop_tasks(keep, gradients))
+
+        return tasks.GramView(len(vector), compute, combine, combine_kept)
 
     if not listed or len(losses) > MAX_APART:
         return tasks.GramView(len(vector), compute, combine)

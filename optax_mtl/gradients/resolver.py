@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_mtl import guards, tasks
+from optax_mtl import arguments, guards, tasks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def with_optimizer(
       has_aux: whether the resolver returns a pair, losses and auxiliary data.
       init_call: how the right state is made, for the error.
     """
-    optimizer = guards.checked(optimizer)
+    optimizer = guards.checked(arguments.as_transformation("optimizer", optimizer))
 
     def init(params, *args, **kwargs):
         return resolver.init(params, *args, **kwargs), optimizer.init(params)

@@ -54,6 +54,7 @@ def check_law(law: str, make: Make, *, reads: Collection[str] = ("gram",)) -> No
       AssertionError: with the law, and the numbers.
     """
     arguments.check_choice("law", law, LAWS)
+    arguments.check_function("make", make)
     for name in reads:
         arguments.check_choice("reads", name, ("gram", "losses", "gradients"))
     says = " ".join((LAWS[law].__doc__ or "").split())

@@ -50,6 +50,7 @@ def check_promise(promise: str, make: Make) -> None:
       symmetric: the order of the tasks does not matter
     """
     arguments.check_choice("promise", promise, PROMISES)
+    arguments.check_function("make", make)
     says = " ".join((PROMISES[promise].__doc__ or "").split())
     try:
         with jax.enable_x64(True):
@@ -69,6 +70,7 @@ def check_scale(scale: str, make: Make) -> None:
       AssertionError: with the numbers.
     """
     arguments.check_choice("scale", scale, ("sum", "mean"))
+    arguments.check_function("make", make)
     gradient = np.random.default_rng(5).normal(size=(8, 1, NUM_PARAMS))
     equal = np.tile(gradient, (1, NUM_TASKS, 1))
     factor = {"sum": NUM_TASKS, "mean": 1}[scale]
