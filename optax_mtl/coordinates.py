@@ -129,7 +129,8 @@ def combine_in_order(weights: jax.Array, x: jax.Array, exists: jax.Array) -> jax
     for i, j in _comparisons(len(x)):
         low = jnp.minimum(entries[i], entries[j])
         entries[i], entries[j] = low, jnp.maximum(entries[i], entries[j])
-    return sum(w * entry.astype(accurate) for w, entry in zip(weights, entries))
+    terms = [w * entry.astype(accurate) for w, entry in zip(weights, entries)]
+    return functools.reduce(jnp.add, terms)
 
 
 def _comparisons(count: int) -> Iterator[tuple[int, int]]:

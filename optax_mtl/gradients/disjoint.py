@@ -57,7 +57,7 @@ def warn_of_own_data(
 
     jaxpr = jax.make_jaxpr(leaves_of)(params, args).jaxpr
     count = len(jax.tree.leaves(params))
-    inputs = {x: _Seen(form=hash(x.aval.shape)) for x in jaxpr.invars[:count]}
+    inputs = {x: _Seen(form=_form(x)) for x in jaxpr.invars[:count]}
     for name, x in enumerate(jaxpr.invars[count:]):
         inputs[x] = _data(x, name, num_tasks)
     outputs = _follow(jaxpr, inputs, num_tasks)
@@ -72,8 +72,12 @@ def warn_of_own_data(
         )
 
 
+def _form(x):
+    return hash(x.aval.shape)
+
+
 def _data(x, name, num_tasks=None):
-    form = hash(x.aval.shape)
+    form = _form(x)
     if not x.aval.shape:  # One number for all.
         return _Seen(form=form)
     axis = 0 if x.aval.shape[0] == num_tasks else None
