@@ -406,7 +406,7 @@ def measure_on(
     .. note::
       A task whose gradient is zero at the measured parameters is absent.
     """
-    method = optax.with_extra_args_support(method)
+    method = arguments.as_transformation("method", method)
 
     def update(updates, state, params=None, **extra_args):
         count = tasks.check_stacked(updates, params, reader="measure_on")

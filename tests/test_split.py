@@ -280,7 +280,7 @@ MESSAGES = {
             lambda z: split_tasks(z, 2, optax_mtl.graddrop(), axis_name="data"),
             axis_name="data",
         )(z),
-        "reads the task gradients themselves; take one.*Without axis_name",
+        "(?s)reads the task gradients themselves; take one.*Without axis_name",
     ),
 }
 
@@ -288,10 +288,8 @@ MESSAGES = {
 @pytest.mark.parametrize("case", MESSAGES)
 def test_errors_name_the_remedy(case):
     call, message = MESSAGES[case]
-    with pytest.raises((TypeError, ValueError)) as error:
+    with pytest.raises((TypeError, ValueError), match=message):
         call()
-    text = " ".join([str(error.value), *getattr(error.value, "__notes__", [])])
-    assert re.search(message, text)
 
 
 @pytest.mark.parametrize("names", [2, ["a", "b"]])

@@ -15,7 +15,7 @@ from optax_mtl.gradients.backward import (
     take_aux,
 )
 from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
-from optax_mtl.gradients.sharing import merge, split
+from optax_mtl.gradients.sharing import merge, split, split_floating
 
 
 def value_and_grad_at_features(
@@ -146,15 +146,11 @@ def value_and_grad_at_features(
 
 def _split_features(features: Any) -> tuple[Any, Any]:
     """Those with a gradient, and the others, such as masks; None stands for a hole."""
-    has_gradient = lambda z: jnp.issubdtype(jnp.result_type(z), jnp.inexact)
-    mask = jax.tree.map(has_gradient, features)
-    if not any(jax.tree.leaves(mask)):
+    floating, others = split_floating(features)
+    if not jax.tree.leaves(floating):
         raise TypeError(
             "trunk_fn should return floating-point features, but returned shapes"
             f" {jax.tree.map(jnp.shape, features)} of dtypes"
             f" {[str(jnp.result_type(z)) for z in jax.tree.leaves(features)]}"
         )
-    pick = lambda keep: jax.tree.map(
-        lambda z, m: z if m is keep else None, features, mask
-    )
-    return pick(True), pick(False)
+    return floating, others

@@ -15,6 +15,8 @@ from optax_mtl.gradients.sharing import merge
 MAX_EQUATIONS = 6000
 # Named losses, up to so many, of which those that are not finite are left out.
 MAX_APART = 8
+# So many gradients of all tasks are kept by mode="auto", to save a backward pass.
+MAX_KEPT_TASKS, MAX_KEPT_BYTES = 6, 2**28
 
 
 def vector_fn(losses_fn, has_aux, args, kwargs):
@@ -95,6 +97,12 @@ def _count_equations(jaxpr):
         return 0
     parts = [jax.tree.leaves(list(eqn.params.values())) for eqn in jaxpr.eqns]
     return len(parts) + sum(_count_equations(x) for part in parts for x in part)
+
+
+def are_few(num_tasks: int, params: Any) -> bool:
+    """Whether all gradients together are kept rather than pulled back once more."""
+    size = num_tasks * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    return num_tasks <= MAX_KEPT_TASKS and size <= MAX_KEPT_BYTES
 
 
 def pull_back_one(push_forward, primals, task, cotangent):

@@ -12,7 +12,7 @@ import optax
 
 from optax_mtl import tasks, wrappers
 from optax_mtl.gradients.backward import pull_back_each
-from optax_mtl.gradients.sharing import merge
+from optax_mtl.gradients.sharing import merge, partition
 from optax_mtl.labels import Labels, mask_of
 
 
@@ -40,10 +40,7 @@ def split_measured(
                 " the tasks meet in the parameters that shared= marks; mark some of"
                 " those, such as the last shared layer"
             )
-    pick = lambda keep: jax.tree.map(
-        lambda m, x: x if m is keep else None, mask, shared_part
-    )
-    return pick(True), pick(False)
+    return partition(shared_part, mask)
 
 
 def measured_gram(push_forward, primals, losses, measured):

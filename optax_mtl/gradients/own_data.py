@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import base, tasks
-from optax_mtl.gradients.backward import take_aux, vector_fn
+from optax_mtl.gradients.backward import are_few, take_aux, vector_fn
 from optax_mtl.gradients.measured import measure_on_part, split_measured
 from optax_mtl.gradients.resolver import resolve
 from optax_mtl.gradients.sharing import merge, split
@@ -71,7 +71,6 @@ def own_resolved(
     method: optax.GradientTransformationExtraArgs,
     has_aux: bool,
     mode: str,
-    are_few: Callable[[int, optax.Params], bool],
     shared: Labels | None,
     measure: Labels | None,
     init_call: str,

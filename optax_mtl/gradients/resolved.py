@@ -11,6 +11,7 @@ from jax.extend.core import get_opaque_trace_state
 from optax_mtl import arguments, tasks
 from optax_mtl.gradients.backward import (
     MAX_APART,
+    are_few,
     basis_of,
     pull_back_each,
     pull_back_in_turn,
@@ -28,9 +29,6 @@ from optax_mtl.gradients.own_data import own_resolved
 from optax_mtl.gradients.resolver import Resolver, resolve, with_optimizer
 from optax_mtl.gradients.sharing import merge, split
 from optax_mtl.labels import Labels
-
-# So many gradients of all tasks are kept by mode="auto", to save a backward pass.
-MAX_KEPT_TASKS, MAX_KEPT_BYTES = 6, 2**28
 
 
 def value_and_grad(
@@ -186,7 +184,7 @@ def value_and_grad(
         return value, merge(grads, pull_back(ones)[1]), state
 
     if own_data:
-        options = mode, _are_few, shared, measure, init_call
+        options = mode, shared, measure, init_call
         fn = own_resolved(losses_fn, method, has_aux, *options)
     resolver = Resolver(init, fn)
     if optimizer is None:
@@ -214,7 +212,7 @@ def _view(mode, push_forward, primals, losses):
         return pull_back(list(weights) if listed else weights)[0]
 
     compute = apart = by_columns if mode == "gram" else leafwise
-    if mode == "auto" and _are_few(len(vector), primals[0]):
+    if mode == "auto" and are_few(len(vector), primals[0]):
         trace_of_view = get_opaque_trace_state(convention="optax_mtl")
         kept: list[Any] = []
 
@@ -249,12 +247,6 @@ def _view(mode, push_forward, primals, losses):
     if mode == "gram":
         apart = lambda: by_columns(pull_back_apart)
     return tasks.GramView(len(vector), compute, combine, combine_some, apart)
-
-
-def _are_few(num_tasks, params):
-    """Whether all gradients together are kept rather than pulled back once more."""
-    size = num_tasks * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    return num_tasks <= MAX_KEPT_TASKS and size <= MAX_KEPT_BYTES
 
 
 def _gram_by_columns(push_forward, primals, losses, pull_back_task):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_mtl import labels, tasks
@@ -40,12 +41,23 @@ def split(tree: Any, shared: labels.Labels | None) -> tuple[Any, Any]:
             f"shared marks none of the parameters, from {first!r} to {last!r}, so that"
             " there is nothing to resolve"
         )
-    pick = lambda keep: jax.tree.map(lambda x, m: x if m is keep else None, tree, mask)
+    return partition(tree, mask)
+
+
+def split_floating(tree: Any) -> tuple[Any, Any]:
+    """Separates the floating-point leaves from the others, such as masks."""
+    is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return partition(tree, jax.tree.map(is_floating, tree))
+
+
+def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
+    """The leaves that a tree of bools marks, and the others; None stands for a hole."""
+    pick = lambda keep: jax.tree.map(lambda m, x: x if m is keep else None, mask, tree)
     return pick(True), pick(False)
 
 
 def merge(shared_part: Any, heads: Any) -> Any:
-    """The tree whose shared leaves and others :func:`split` separated."""
+    """The tree that :func:`partition` took apart."""
     is_hole = lambda x: x is None
     choose = lambda s, h: h if s is None else s
     return jax.tree.map(choose, shared_part, heads, is_leaf=is_hole)

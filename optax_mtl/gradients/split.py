@@ -16,7 +16,7 @@ import optax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from optax_mtl import arguments, guards, wrappers
-from optax_mtl.gradients.sharing import merge
+from optax_mtl.gradients.sharing import merge, split_floating
 
 
 def split_tasks(
@@ -87,9 +87,8 @@ def split_tasks(
     else:
         names = _check_names(num_tasks)
         count = len(names)
-    is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    features = jax.tree.map(lambda x: jnp.asarray(x) if is_floating(x) else None, z)
-    others = jax.tree.map(lambda x: None if is_floating(x) else x, z)
+    features, others = split_floating(z)
+    features = jax.tree.map(jnp.asarray, features)
     if not jax.tree.leaves(features):
         raise ValueError(
             "split_tasks needs features with a floating-point array, through which"
@@ -125,7 +124,7 @@ def _same_for_all(features, count, names, method, axis_name):
 
 def _traced(features, count, names, method, axis_name):
     """From the gradients of all copies of the features to one, as a jaxpr."""
-    with_losses: Any = optax.with_extra_args_support(method)
+    with_losses: Any = arguments.as_transformation("method", method)
     if axis_name is not None:
         with_losses = wrappers.with_sharded_parameters(with_losses, axis_name)
     state = method.init(features)

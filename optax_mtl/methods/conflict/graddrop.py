@@ -119,15 +119,15 @@ def _drop_signs(x, random, leaks, keep):
 def _uniform(words, number, like):
     """Random numbers in [0, 1): hashes of a key, the number of a leaf, and the place.
 
-    As good as any for a sign, for a tenth of what those of :mod:`jax.random` cost, and
-    the same however the array is laid out.
+    In the place of :mod:`jax.random`, whose numbers alone take longer than all the rest
+    of the method. The same however the array is laid out.
     """
     place = jnp.zeros_like(like, jnp.uint32)
     for axis, size in enumerate(like.shape):
         along = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
         place = place * np.uint32(size) + along
-    # The hash lowbias32, which maps integers of 32 bits one to one such that all bits
-    # depend on all, with a second key in between; more rounds take long to compile.
+    # Two rounds of multiply and shift, of the kind that Wellons' hash-prospector
+    # searches, with a second key in between; more rounds take long to compile.
     leaf = words[-1] + np.uint32(number * 0x9E3779B9 % 2**32)
     bits = place + words[0]
     bits = (bits ^ (bits >> 16)) * np.uint32(0x21F0AAAD) ^ leaf
