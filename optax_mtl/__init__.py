@@ -27,6 +27,9 @@ from optax_mtl.guards import apply_if_finite as apply_if_finite
 from optax_mtl.guards import apply_updates as apply_updates
 from optax_mtl.guards import checked as checked
 from optax_mtl.guards import zero_nonfinite as zero_nonfinite
+from optax_mtl.measures import Conflicts as Conflicts
+from optax_mtl.measures import conflicts as conflicts
+from optax_mtl.measures import cosine_similarity as cosine_similarity
 from optax_mtl.methods.balance.adatask import adatask as adatask
 from optax_mtl.methods.balance.db_mtl import db_mtl as db_mtl
 from optax_mtl.methods.balance.energy_gate import energy_gate as energy_gate
@@ -98,11 +101,8 @@ from optax_mtl.methods.robust.geometric_median import (
 )
 from optax_mtl.methods.robust.krum import krum as krum
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
-from optax_mtl.tasks import Conflicts as Conflicts
 from optax_mtl.tasks import GramView as GramView
 from optax_mtl.tasks import combine as combine
-from optax_mtl.tasks import conflicts as conflicts
-from optax_mtl.tasks import cosine_similarity as cosine_similarity
 from optax_mtl.tasks import gram as gram
 from optax_mtl.wrappers import log_losses as log_losses
 from optax_mtl.wrappers import measure_on as measure_on

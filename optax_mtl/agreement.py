@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, tasks
+from optax_mtl import arguments, base, measures, tasks
 
 
 class AgreementState(NamedTuple):
@@ -115,7 +115,7 @@ def scale_by_agreement(
         if isinstance(updates, tasks.GramView):  # Computed once for the chain as well.
             ways = updates.combine, updates.combine_some, updates.compute_apart
             updates = tasks.GramView(count, lambda: gram, *ways)
-        now = tasks.conflicts(gram).alignment
+        now = measures.conflicts(gram).alignment
         if measure == "cosine":
             now = mean_cosine(gram)
         steps = optax.safe_increment(state.steps)
@@ -138,5 +138,5 @@ def mean_cosine(gram: jax.Array) -> jax.Array:
     """Mean cosine between each two of the present tasks, a scalar; 1 without a pair."""
     exists = tasks.present(gram)
     pairs = jnp.outer(exists, exists) & ~jnp.eye(len(gram), dtype=bool)
-    total = jnp.sum(jnp.where(pairs, tasks.cosine_similarity(gram), 0))
+    total = jnp.sum(jnp.where(pairs, measures.cosine_similarity(gram), 0))
     return jnp.where(jnp.any(pairs), total / jnp.maximum(pairs.sum(), 1), 1)

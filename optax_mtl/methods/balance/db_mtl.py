@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, averages, base, names, tasks
 from optax_mtl.methods.balance.inverse_norm import inverse_norm_weights
 
 
@@ -82,7 +82,7 @@ def db_mtl(
         losses = tasks.stack_losses(losses, num_tasks)
         return base.reciprocal(base.losses_above(losses, min_losses))
 
-    return base.from_averages(
+    return averages.from_averages(
         optax.EmptyState,
         lambda state, gram: (inverse_norm_weights(gram, "max"), state),
         num_tasks,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, solvers, tasks
+from optax_mtl import arguments, base, measures, solvers, tasks
 
 
 def imtl_g(*, strict_paper: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -65,7 +65,7 @@ def imtl_g_weights(gram: jax.Array, strict_paper: bool = False) -> jax.Array:
     exists = tasks.present(gram)
     # Cosines: a pseudo-inverse in float32 would drop gradients 1000 times shorter.
     ones = exists.astype(gram.dtype)
-    v = solvers.pinv_solve(tasks.cosine_similarity(gram), ones)
+    v = solvers.pinv_solve(measures.cosine_similarity(gram), ones)
     # Opposite gradients: only rounding errors have a positive projection on both.
     vanishes = ones @ v <= len(gram) * jnp.finfo(gram.dtype).eps * ones.sum()
     v = jnp.where(vanishes, 0, v)

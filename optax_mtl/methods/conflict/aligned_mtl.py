@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, solvers, tasks
+from optax_mtl import arguments, base, measures, names, solvers, tasks
 
 SCALE_MODES = ("min", "median", "rmse")
 
@@ -85,7 +85,7 @@ def aligned_mtl_weights(
     gram, _ = solvers.normalize_gram(gram)
     eps = jnp.finfo(gram.dtype).eps
     # A square root of the matrix of cosines, where dependence is told from shortness.
-    values, vectors = jnp.linalg.eigh(tasks.cosine_similarity(gram))
+    values, vectors = jnp.linalg.eigh(measures.cosine_similarity(gram))
     independent = values > len(gram) * eps * values[-1]
     root = vectors * jnp.sqrt(jnp.where(independent, values, 0))[None]
     # Its rows times the norms are the gradients but for a rotation. Their singular

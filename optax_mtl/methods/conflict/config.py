@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, solvers, tasks
+from optax_mtl import arguments, base, measures, names, solvers, tasks
 
 LENGTHS = ("projection", "min", "max", "arithmetic", "geometric", "harmonic")
 
@@ -98,7 +98,7 @@ def config_weights(
     gram, _ = solvers.normalize_gram(gram)  # The weights do not depend on scale.
     exists = tasks.present(gram)
     norms = jnp.sqrt(jnp.diagonal(gram))
-    unit_gram = tasks.cosine_similarity(gram)
+    unit_gram = measures.cosine_similarity(gram)
     inverse = solvers.pinv_solve(unit_gram, preference)
     norm_squared = preference @ inverse
     noise = len(gram) * jnp.finfo(gram.dtype).eps * (preference @ preference)

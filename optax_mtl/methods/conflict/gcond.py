@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, report, tasks
+from optax_mtl import arguments, base, measures, report, tasks
 
 
 class Arbitration(NamedTuple):
@@ -189,7 +189,7 @@ def gcond(
         capped = jnp.minimum(norms, jnp.inf if norm_cap is None else norm_cap)
 
         # Resolved in units of the norms, so that rounding knows no task's scale.
-        cosines = tasks.cosine_similarity(gram)
+        cosines = measures.cosine_similarity(gram)
         unit, winners, iterations = gcond_coefficients(
             cosines,
             inverse[:, None] * products,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, solvers, tasks
+from optax_mtl import arguments, averages, base, names, solvers, tasks
 from optax_mtl.methods.conflict.modo import move_on_simplex, uniform
 
 
@@ -111,7 +111,7 @@ def moco(
         above = base.losses_above(tasks.stack_losses(losses, num_tasks), min_losses)
         return above * base.reciprocal(jnp.sqrt(squares))
 
-    return base.from_averages(
+    return averages.from_averages(
         init_fn,
         step,
         num_tasks,

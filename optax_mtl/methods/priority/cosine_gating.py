@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mtl import arguments, base, names, tasks
+from optax_mtl import arguments, base, measures, names, tasks
 
 
 @names.by_name(of_tasks=["primary"])
@@ -53,7 +53,7 @@ def cosine_gating_weights(
 ) -> jax.Array:
     """Weights of :func:`cosine_gating`, from the Gram matrix, shape ``(T, T)``."""
     arguments.check_primary(primary, len(gram))
-    cosines = tasks.cosine_similarity(gram)[primary]
+    cosines = measures.cosine_similarity(gram)[primary]
     gates = jnp.maximum(cosines, 0) if weighted else (cosines >= 0).astype(gram.dtype)
     gates = gates.at[primary].set(1)
     return jnp.where(tasks.present(gram)[primary], gates, 0)
