@@ -501,6 +501,98 @@ def power_of_two(x):
     return jnp.ldexp(jnp.ones_like(x), exponent)
 
 
+def _admm(Q, q, lower, allowed):
+    """Minimises x'Qx/2 - q'x over x >= lower by ADMM: x, and its relative violation.
+
+    As in OSQP (Stellato et al., 2020), with its rule for the penalty. It cannot
+    diverge; and as only Q is factorised, problems that share Q share that under vmap,
+    and their iterations are products of matrices. Every few of them start again from
+    an accurate gradient, and in between only the changes are computed, so that x has
+    more digits than the working precision.
+    """
+    eps, relaxation = jnp.finfo(Q.dtype).eps, 1.6
+    values, vectors = jnp.linalg.eigh(Q, symmetrize_input=False)
+    noise = 16 * eps * len(q)  # Of the eigenvalues.
+    norm = jnp.linalg.norm
+
+    def violation_of(x, gradient):
+        size = jnp.max(_matmul(jnp.abs(Q), jnp.abs(x)) + jnp.abs(q))
+        violation = jnp.where(allowed, jnp.minimum(x - lower, gradient), 0)
+        return jnp.max(jnp.abs(violation)) / _positive(size)
+
+    def iterate_and_adapt(carry):
+        z, z_low, u, penalty, gradient, before, _, count = carry
+        slope = gradient + penalty * u
+        room = (lower - z) - z_low
+
+        def iterate(_, carry):
+            move, du, _, _ = carry
+            x = _matmul(vectors.T, penalty * (move - du) - slope)
+            x = _matmul(vectors, x / (jnp.maximum(values, 0) + penalty))
+            relaxed = relaxation * x + (1 - relaxation) * move
+            free = allowed & (relaxed + (u + du) > room)
+            new = jnp.where(free, relaxed + (u + du), room)
+            return new, jnp.where(free, -u, du + relaxed - new), x, new - move
+
+        zero = jnp.zeros_like(q + u + slope)
+        move, du, x, change = lax.fori_loop(0, 25, iterate, (zero,) * 4)
+        new, error = _two_sum(z, move)
+        new, new_low = _two_sum(new, error + z_low)
+        u = u + du
+        high, low = _dot_pair(Q, new, new_low, -q)
+        gradient = high + low
+        violation = violation_of(new, gradient)
+        # Where it no longer falls, rounding errors of Q hide the digits that are left.
+        ends = (before <= 8 * eps) & (violation >= 0.75 * before)
+        z, z_low = jnp.where(ends, z, new), jnp.where(ends, z_low, new_low)
+        violation = jnp.where(ends, before, violation)
+        going = (violation > 8 * eps**1.5) & ~ends
+        primal = norm(x - move) / _positive(norm(z))
+        terms = jnp.stack([norm(gradient + q), norm(penalty * u), norm(q)])
+        dual = norm(penalty * change) / _positive(jnp.max(terms))
+        factor = jnp.clip(jnp.sqrt(primal / _positive(dual)), 0.1, 10)
+        factor = jnp.where((factor > 0.5) & (factor < 2), 1, factor)
+        new = jnp.clip(factor * penalty, 1e-4 + noise, 1e2)
+        u = u * penalty / new
+        return z, z_low, u, new, gradient, violation, going, count + 1
+
+    gradient = _dot(Q, lower, 0 * lower, -q)
+    start = violation_of(lower, gradient)
+    going = (start > 8 * eps**1.5) & (values[0] > -noise)
+    penalty = jnp.asarray(0.3, Q.dtype)
+    carry = lower, 0 * q, 0 * q, penalty, gradient, start, going, 0
+    z, _, _, _, _, violation, _, _ = lax.while_loop(
+        lambda c: c[-2] & (c[-1] < 16),
+        iterate_and_adapt,
+        _vary(start, carry),
+    )
+    return z, violation
+
+
+def _exchange(Q, q, a, allowed, newton):
+    """Guesses the minimiser on the simplex, exchanging all wrong free variables."""
+    size, eps = len(q), jnp.finfo(Q.dtype).eps
+
+    def exchange(carry):
+        free, _, fewest, patience, count = carry
+        x = newton(free, q, 1, 100 * eps)
+        r = q - jnp.sum(Q * x[None], 1)
+        r = r - a * _inner(r, x)
+        tolerance = 100 * eps * jnp.max(jnp.abs(q) + jnp.abs(q - r))
+        wrong = jnp.where(free, x < 0, allowed & (r > tolerance))
+        number = jnp.sum(wrong)
+        patience = jnp.where(number < fewest, 3, patience - 1)
+        return free ^ wrong, x, jnp.minimum(number, fewest), patience, count + 1
+
+    _, x, *_ = lax.while_loop(
+        lambda c: (c[2] > 0) & (c[3] > 0) & (c[4] < 20),
+        exchange,
+        _vary(q[0], (allowed, 0 * q, size + 1, 3, 0)),
+    )
+    guess = jnp.maximum(x, 0)
+    return guess / _inner(a, guess)
+
+
 @functools.partial(jax.jit, static_argnames="on_simplex")
 def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     """Minimises x'Qx/2 - q'x over x >= lower, and sum(x) = 1 if on_simplex.
@@ -512,10 +604,11 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     small regularization of the factorised matrix harmless.
 
     Where Q is singular, as for more gradients than dimensions, rounding errors in it
-    look like directions of endless descent. So x is first pulled to its bounds, by as
-    much as they amount to, which limits it: it is close to optimal in any case, and to
-    a minimiser of least norm. A few moves without the pull then give the digits where
-    Q determines them; where they make x four times as long, it does not.
+    look like directions of endless descent. So x is first pulled, by as much as they
+    amount to, to its bounds or, where there are many variables, to a solution that
+    cannot be long, which limits it: it is close to optimal in any case. A few moves
+    without the pull then give the digits where Q determines them; where they make x
+    four times as long, it does not.
     """
     eps = jnp.finfo(Q.dtype).eps
     size = len(q)
@@ -562,36 +655,19 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         return y[:, 0] + (gap - _inner(a, y[:, 0])) / _inner(a, y[:, 1]) * y[:, 1]
 
     limited = not on_simplex  # The simplex itself limits x.
-    pulled = jnp.asarray(limited)
-
-    # A first guess of the free variables, by exchanging all that are wrong at once.
-    def exchange(carry):
-        free, _, fewest, patience, count = carry
-        x = lower + newton(free, q - jnp.sum(Q * lower[None], 1), 1, 100 * eps)
-        r = q - jnp.sum(Q * x[None], 1)
-        if on_simplex:
-            r = r - a * _inner(r, x)
-        tolerance = 100 * eps * jnp.max(jnp.abs(q) + jnp.abs(q - r))
-        wrong = jnp.where(free, x < lower, allowed & (r > tolerance))
-        number = jnp.sum(wrong)
-        patience = jnp.where(number < fewest, 3, patience - 1)
-        return free ^ wrong, x, jnp.minimum(number, fewest), patience, count + 1
-
-    if start is None and size > 8:
-        free = allowed & (on_simplex | (q - jnp.sum(Q * lower[None], 1) > 0))
-        _, x, wrong, *_ = lax.while_loop(
-            lambda c: (c[2] > 0) & (c[3] > 0) & (c[4] < 20),
-            exchange,
-            _vary(finite, (free, lower, size + 1, 3, 0)),
-        )
-        guess = jnp.maximum(x, lower)
-        guess = guess / _inner(a, guess) if on_simplex else guess
-        first = jnp.where(jnp.all(jnp.isfinite(guess)), guess, first)
-        # Where none is wrong and gradients do not nearly cancel, the ridge of the guess
-        # has been pull enough.
+    pulled, settled, centre = jnp.asarray(limited), jnp.asarray(False), lower
+    if start is None and size > 8 and on_simplex:
+        x = _exchange(Q, q, a, allowed, newton)
+        first = jnp.where(jnp.all(jnp.isfinite(x)), x, first)
+    elif start is None and size > 8:
+        first, violation = _admm(Q, q, lower, allowed)
+        centre = first
         curvature = _inner(first, jnp.sum(Q * first[None], 1))
+        terms = _inner(jnp.abs(first), jnp.sum(jnp.abs(Q * first[None]), 1))
+        cancels = curvature <= eps / 4 * terms
+        settled = violation <= jnp.where(cancels, 8 * eps, 8 * eps**1.5)
         sound = curvature > eps**0.5 * _inner(first, first)
-        pulled = pulled & ~((wrong == 0) & sound)
+        pulled = ~(sound & (violation <= 8 * eps))
 
     def body(carry):
         x, x_low, free, ridge, pulled, safe, full_steps, _, left = carry
@@ -602,7 +678,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
             reduced = -(high - a * _inner(high, x) + low)
             reduced = reduced - a * _inner(reduced, x)
         pull = jnp.where(pulled, ridge, 0)
-        reduced = reduced - pull * (x - lower)
+        reduced = reduced - pull * (x - centre)
         # Free the variable of steepest descent, if this is a minimiser of the face.
         on_face = jnp.max(jnp.abs(reduced), where=free, initial=0)
         noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
@@ -650,7 +726,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     free = allowed & (first > lower)
     ridge = jnp.asarray(4 * size**0.5 * eps, Q.dtype)
     left = jnp.where(pulled | on_simplex, 4 * size + 20, 8)
-    carry = (first, 0 * first, free, ridge, pulled, first, 1, finite, left)
+    carry = (first, 0 * first, free, ridge, pulled, first, 1, finite & ~settled, left)
     x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] > 0), body, _vary(finite, carry))
     x = jnp.maximum(x, lower) * scale
     return jnp.where(finite, x, jnp.nan)
