@@ -16,6 +16,7 @@ import optax
 
 from optax_mtl import base, tasks
 from optax_mtl.gradients.backward import are_few, take_aux, vector_fn
+from optax_mtl.gradients.few_rows import gram_of_tasks
 from optax_mtl.gradients.measured import measure_on_part, split_measured
 from optax_mtl.gradients.resolver import resolve
 from optax_mtl.gradients.sharing import merge, split
@@ -100,7 +101,12 @@ def own_resolved(
         losses, pull_back, value = jax.vjp(losses_of, *primals, has_aux=True)
         ones = jnp.ones_like(losses)  # Sharded as the losses are.
 
-        def gradients(primals=primals):
+        def gram_of(part, rest):
+            loss_of = _of_one(loss_fn, has_aux, kwargs)
+            of_part = lambda part, *args: loss_of(merge(part, rest), *args)[0]
+            return gram_of_tasks(of_part, part, args)
+
+        def gradients():
             return own_gradients(loss_fn, has_aux, primals, args, kwargs)[1]
 
         measured = primals
@@ -110,7 +116,7 @@ def own_resolved(
 
         view = tasks.GramView(
             len(losses),
-            lambda: tasks.gram(gradients(measured)),
+            lambda: gram_of(*measured),
             lambda weights: pull_back(ones * weights.astype(ones.dtype))[0],
             lambda weights, keep: tasks.combine(
                 weights, tasks.drop_tasks(keep, gradients())
