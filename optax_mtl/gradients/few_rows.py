@@ -62,12 +62,15 @@ def gram_of_tasks(
       params: what the gradients are taken of.
       args: the data of all tasks, arrays with a leading task axis.
     """
+    params, args = jax.tree.map(jnp.asarray, (params, args))
     leaves, structure = jax.tree.flatten(params)
     num_tasks = len(jax.tree.leaves(args)[0])
     chosen: dict[int, _Product] = {}
 
     def of_one(args):
-        of_leaves = lambda *leaves: loss_fn(structure.unflatten(leaves), *args)
+        of_leaves = lambda *leaves: loss_fn(
+            jax.tree.unflatten(structure, leaves), *args
+        )
         program = jax.make_jaxpr(of_leaves)(*leaves)
         chosen.update(_choose(program, leaves, num_tasks))
         marked = {i: _Leaf(i, leaves[i]) for i in chosen}
@@ -137,10 +140,12 @@ def _evaluate(program, values, use):
             outputs = _evaluate(eqn.params["jaxpr"], inputs, use)
         else:
             outputs = _run(jaxpr, eqn, inputs)
-            if found and _has_same_entries(eqn):
-                outputs = [_Leaf(found[0].number, *outputs)]
-            elif len(found) == 1 and _is_product(eqn):
-                outputs = [use(found[0].number, _product(eqn, inputs, *outputs))]
+            name = eqn.primitive.name
+            alike = len(found) == 1 and _are_alike(found[0].value, outputs[0])
+            if alike and name in _SAME_ENTRIES:
+                outputs = [_Leaf(found[0].number, outputs[0])]
+            elif alike and name == "dot_general" and _of_one_pair(eqn):
+                outputs = [use(found[0].number, _product(eqn, inputs, outputs[0]))]
             else:
                 for leaf in found:
                     use(leaf.number, None)
@@ -161,18 +166,13 @@ def _run(jaxpr, eqn, inputs):
     return jax.core.eval_jaxpr(alone, (), *arrays.values())
 
 
-def _has_same_entries(eqn):
-    if eqn.primitive.name not in _SAME_ENTRIES:
-        return False
-    before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+def _are_alike(x, y):
+    """Whether both are real numbers, or both complex ones."""
     kinds = jnp.floating, jnp.complexfloating
-    return any(jnp.issubdtype(before, k) and jnp.issubdtype(after, k) for k in kinds)
+    return any(all(jnp.issubdtype(z.dtype, kind) for z in (x, y)) for kind in kinds)
 
 
-def _is_product(eqn):
-    """Whether it is a product of two arrays, and not of many pairs of them."""
-    if eqn.primitive.name != "dot_general":
-        return False
+def _of_one_pair(eqn):
     _, batched = eqn.params["dimension_numbers"]
     return batched == ((), ())
 
