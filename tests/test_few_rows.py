@@ -163,6 +163,18 @@ CASES = {
         X,
         {"w"},
     ),
+    "used again by what is left out": (
+        lambda p, x: (jnp.sum(p["w"] ** 2), jnp.sum(layer(p["w"], x)))[1],
+        {"w": draw(D, 20)},
+        X,
+        set(),
+    ),
+    "empty": (
+        lambda p, x: jnp.sum(layer(p["w"], x[:0])) + jnp.sum(x @ p["v"]),
+        {"w": draw(0, 20), "v": draw(D, 0)},
+        X,
+        {"w", "v"},
+    ),
     "left out, and returned": (
         lambda p, x: p["loss"].reshape(()),
         {"loss": draw(1, 1), "unused": draw(D, 20)},

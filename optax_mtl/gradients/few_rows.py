@@ -13,6 +13,7 @@ parameter after the other: those used twice, looked up, convolved with, and what
 inside a scan, ``jax.checkpoint`` or a function with a derivative of its own.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from optax_mtl import tasks
 
@@ -48,7 +50,7 @@ class _Product(NamedTuple):
         """Whether its rows are fewer operations than T gradients of the matrix."""
         a = math.prod(self.array.shape[axis] for axis in self.summed)
         b = math.prod(self.output.shape[axis] for axis in self.made)
-        n = self.array.size // a
+        n = math.prod(self.array.shape) // max(a, 1)
         return num_tasks * n**2 * (a + b) < a * b * (n + num_tasks)
 
 
@@ -68,11 +70,13 @@ def gram_of_tasks(
     chosen: dict[int, _Product] = {}
 
     def of_one(args):
-        of_leaves = lambda *leaves: loss_fn(
-            jax.tree.unflatten(structure, leaves), *args
-        )
+        tree_of = lambda leaves: jax.tree.unflatten(structure, leaves)
+        of_leaves = lambda *leaves: loss_fn(tree_of(leaves), *args)
         program = jax.make_jaxpr(of_leaves)(*leaves)
-        chosen.update(_choose(program, leaves, num_tasks))
+        # Without what serves auxiliary data alone.
+        jaxpr, _ = dce_jaxpr(program.jaxpr, [True], instantiate=True)
+        evaluate = functools.partial(_evaluate, jaxpr, program.consts)
+        chosen.update(_choose(evaluate, leaves, num_tasks))
         marked = {i: _Leaf(i, leaves[i]) for i in chosen}
         others = {i: x for i, x in enumerate(leaves) if i not in chosen}
         # Laid out over devices as the outputs are.
@@ -86,7 +90,7 @@ def gram_of_tasks(
                 return product.output + probes[i]
 
             values = [(others | marked)[i] for i in range(len(leaves))]
-            (loss,) = _evaluate(program, values, add_probe)
+            (loss,) = evaluate(values, add_probe)
             return loss, arrays
 
         return jax.grad(loss_at, (0, 1), has_aux=True)(others, probes)
@@ -106,7 +110,7 @@ def _inner_products(x, axes):
     return tasks.contract(x, x, tuple(1 + axis for axis in axes))
 
 
-def _choose(program, leaves, num_tasks):
+def _choose(evaluate, leaves, num_tasks):
     """The products of leaves that are used once, where rows are the cheaper way."""
     uses: dict[int, list[_Product | None]] = {i: [] for i in range(len(leaves))}
 
@@ -115,39 +119,40 @@ def _choose(program, leaves, num_tasks):
         return product and product.output
 
     # For its shapes alone: nothing that it computes is used.
-    outputs = _evaluate(program, [_Leaf(i, x) for i, x in enumerate(leaves)], keep)
+    outputs = evaluate([_Leaf(i, x) for i, x in enumerate(leaves)], keep)
     once = {i: found[0] for i, found in uses.items() if len(found) == 1}
     once |= {x.number: None for x in outputs if isinstance(x, _Leaf)}
     return {i: x for i, x in once.items() if x and x.is_cheap(num_tasks)}
 
 
-def _evaluate(program, values, use):
+def _evaluate(jaxpr, consts, values, use):
     """Results of a program, with a say in what becomes of its leaves.
 
     Args:
-      program: a closed jaxpr.
+      jaxpr: the program.
+      consts: what it closes over.
       values: its arguments, some of them leaves.
       use: maps the number of a leaf and the product that it is used in to what takes
         the place of the output; for any other use the product is ``None``.
     """
-    jaxpr = program.jaxpr
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *values]))
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values]))
     read = lambda x: x.val if isinstance(x, Literal) else env[x]
     for eqn in jaxpr.eqns:
         inputs = [read(x) for x in eqn.invars]
-        found = [x for x in inputs if isinstance(x, _Leaf)]
-        if found and eqn.primitive.name in ("jit", "pjit"):
-            outputs = _evaluate(eqn.params["jaxpr"], inputs, use)
+        leaves = [x for x in inputs if isinstance(x, _Leaf)]
+        name = eqn.primitive.name
+        if leaves and name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"]
+            outputs = _evaluate(inner.jaxpr, inner.consts, inputs, use)
         else:
             outputs = _run(jaxpr, eqn, inputs)
-            name = eqn.primitive.name
-            alike = len(found) == 1 and _are_alike(found[0].value, outputs[0])
+            alike = len(leaves) == len(outputs) == 1 and _are_alike(*leaves, *outputs)
             if alike and name in _SAME_ENTRIES:
-                outputs = [_Leaf(found[0].number, outputs[0])]
-            elif alike and name == "dot_general" and _of_one_pair(eqn):
-                outputs = [use(found[0].number, _product(eqn, inputs, outputs[0]))]
+                outputs = [_Leaf(leaves[0].number, *outputs)]
+            elif alike and name == "dot_general" and _is_of_one_pair(eqn):
+                outputs = [use(leaves[0].number, _product(eqn, inputs, *outputs))]
             else:
-                for leaf in found:
+                for leaf in leaves:
                     use(leaf.number, None)
         env.update(zip(eqn.outvars, outputs))
     return [read(x) for x in jaxpr.outvars]
@@ -166,13 +171,15 @@ def _run(jaxpr, eqn, inputs):
     return jax.core.eval_jaxpr(alone, (), *arrays.values())
 
 
-def _are_alike(x, y):
+def _are_alike(leaf, output):
     """Whether both are real numbers, or both complex ones."""
     kinds = jnp.floating, jnp.complexfloating
-    return any(all(jnp.issubdtype(z.dtype, kind) for z in (x, y)) for kind in kinds)
+    dtypes = leaf.value.dtype, output.dtype
+    return any(all(jnp.issubdtype(x, kind) for x in dtypes) for kind in kinds)
 
 
-def _of_one_pair(eqn):
+def _is_of_one_pair(eqn):
+    """Whether a product is one, and not many side by side."""
     _, batched = eqn.params["dimension_numbers"]
     return batched == ((), ())
 
