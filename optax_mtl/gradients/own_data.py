@@ -2,7 +2,8 @@
 
 For many domains, environments or language pairs, and, as the extreme, for one
 objective per example. All tasks go through one vectorised pass, so that T gradients
-cost what the plain sum over all the data costs, and resolving them twice that. The
+cost what the plain sum over all the data costs, and resolving them twice that. Where a
+task has few rows of data, the Gram matrix takes no gradients at all (few_rows.py). The
 tasks share one loss function and one shape of their batches; where tasks share a batch,
 this would do its forward pass T times.
 """
@@ -78,9 +79,9 @@ def own_resolved(
 ) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
     """What :func:`value_and_grad` makes with ``own_data``.
 
-    The Gram matrix comes from the gradients of all tasks, of which the compiler frees
-    one leaf after the other; one backward pass of the weighted losses follows. With
-    few gradients, ``"auto"`` holds them instead.
+    The Gram matrix comes from few rows of activations, or from the gradients of all
+    tasks, of which the compiler frees one leaf after the other; one backward pass of
+    the weighted losses follows. With few gradients, ``"auto"`` holds them instead.
     """
     task_grads = own_task_grads(loss_fn, has_aux, shared, sequential=False)
 
