@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -22,6 +23,7 @@ def value_and_task_grads(
     *,
     wrt: nnx.filterlib.Filter = nnx.Param,
     shared: Labels | nnx.filterlib.Filter | None = None,
+    own_data: bool = False,
 ) -> Callable[..., tuple[Any, nnx.State]]:
     r"""Makes a function that returns the losses and the gradient of each task.
 
@@ -46,6 +48,13 @@ def value_and_task_grads(
         ``lambda path: "trunk" in path``; or a tree of bools, as a dict or
         ``nnx.State``. The others (heads) get the ordinary gradient of the sum of the
         losses, not stacked. ``None``: all.
+      own_data: whether each task has data of its own, as in
+        :func:`optax_mtl.value_and_task_grads`: ``losses_fn`` returns the loss of one
+        task, and the positional arguments after the model are arrays with a leading
+        task axis; what is the same for all, such as ``rngs``, goes by keyword. Of
+        what the tasks change in the model, floating-point numbers such as batch
+        statistics are averaged over the tasks, and anything else, such as counts of
+        random numbers, is that of the first.
 
     Returns:
       A function of the model and further arguments that returns
@@ -72,14 +81,16 @@ def value_and_task_grads(
        [0. 1.]]
     """
 
-    def task_grads(pure_fn, params, mask):
-        fn = stacked.value_and_task_grads(pure_fn, has_aux=True, shared=mask)
-        value, updates = fn(nnx.as_pure(params))
+    def task_grads(pure_fn, params, mask, data):
+        fn = stacked.value_and_task_grads(
+            pure_fn, has_aux=True, shared=mask, own_data=own_data
+        )
+        value, updates = fn(nnx.as_pure(params), *data)
         return value, (_like(params, updates),)
 
     def fn(model, *args, **kwargs):
         value, (grads,) = _differentiate(
-            task_grads, losses_fn, has_aux, wrt, shared, model, args, kwargs
+            task_grads, losses_fn, has_aux, wrt, shared, own_data, model, args, kwargs
         )
         return value, grads
 
@@ -94,6 +105,8 @@ def value_and_grad(
     wrt: nnx.filterlib.Filter = nnx.Param,
     shared: Labels | nnx.filterlib.Filter | None = None,
     mode: str = "auto",
+    measure: Labels | nnx.filterlib.Filter | None = None,
+    own_data: bool = False,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Resolver:
     r"""Makes a function that returns the losses and the resolved gradient.
@@ -111,6 +124,11 @@ def value_and_grad(
         gradient of the sum.
       mode: ``"auto"``, ``"gram"``, ``"leafwise"`` or ``"stacked"``, as in
         :func:`optax_mtl.value_and_grad`.
+      measure: of which of the shared parameters the method sees the inner products, in
+        the forms of ``shared``, as in :func:`optax_mtl.value_and_grad`; for example
+        ``nnx.PathContains("last")``. ``None``: all.
+      own_data: whether each task has data of its own, as in
+        :func:`value_and_task_grads`.
       optimizer: makes updates of all parameters out of the gradient, as there. One
         state then holds what the method and what the optimizer keep, and there is no
         ``nnx.Optimizer``: write ``optax_mtl.apply_updates(nnx.state(model, wrt),
@@ -141,29 +159,53 @@ def value_and_grad(
       [0.5 0.5]
       >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
       >>> _ = optimizer.update(model, grads)
+
+      Two tasks with an example each, and one loss for both:
+
+      >>> loss_fn = lambda model, x: model(x).sum()
+      >>> resolve = optax_mtl.nnx.value_and_grad(
+      ...     loss_fn, optax_mtl.mgda(), own_data=True, measure=nnx.PathContains("bias")
+      ... )
+      >>> losses, grads, state = resolve(model, resolve.init(model), jnp.eye(2))
+      >>> print(losses.shape, grads["bias"][...])
+      (2,) [1. 1.]
     """
 
-    def resolver(pure_fn, mask):
+    def resolver(pure_fn, mask, measured):
         return resolved.value_and_grad(
-            pure_fn, method, True, mode=mode, shared=mask, optimizer=optimizer
+            pure_fn,
+            method,
+            True,
+            mode=mode,
+            shared=mask,
+            measure=measured,
+            own_data=own_data,
+            optimizer=optimizer,
         )
 
-    resolver(losses_fn, None)  # Validates the mode.
+    resolver(losses_fn, None, None)  # Validates the mode.
 
     def init(model):
         params = _params_of(model, nnx.state(model, wrt), wrt)
-        return resolver(losses_fn, mask_of_state(params, shared)).init(
-            nnx.as_pure(params)
-        )
+        mask = mask_of_state(params, shared)
+        return resolver(losses_fn, mask, None).init(nnx.as_pure(params))
 
     def fn(model, state, *args, **kwargs):
-        def resolved_grads(pure_fn, params, mask):
-            resolve = resolver(pure_fn, mask)
-            value, grads, new_state = resolve(nnx.as_pure(params), state)
+        def resolved_grads(pure_fn, params, mask, data):
+            resolve = resolver(pure_fn, mask, mask_of_state(params, measure))
+            value, grads, new_state = resolve(nnx.as_pure(params), state, *data)
             return value, (_like(params, grads), new_state)
 
         value, (grads, new_state) = _differentiate(
-            resolved_grads, losses_fn, has_aux, wrt, shared, model, args, kwargs
+            resolved_grads,
+            losses_fn,
+            has_aux,
+            wrt,
+            shared,
+            own_data,
+            model,
+            args,
+            kwargs,
         )
         return value, grads, new_state
 
@@ -171,37 +213,61 @@ def value_and_grad(
 
 
 @nnx.update_context(_CONTEXT)
-def _differentiate(grads_of, losses_fn, has_aux, wrt, shared, model, args, kwargs):
-    """What ``grads_of`` makes of the losses as a function of the parameters alone.
+def _differentiate(
+    grads_of, losses_fn, has_aux, wrt, shared, own_data, model, args, kwargs
+):
+    """What ``grads_of`` makes of the losses as a function of parameters and own data.
 
     The state of the model and of the arguments passes through, and is written back.
     """
     _check_module(model)
+    # What has a task axis is no part of what passes through.
+    args, data = ((), args) if own_data else (args, ())
+    changed: list[bool] = []
     of_model = nnx.filterlib.to_predicate(wrt)
     is_param = lambda path, variable: path[0] == 0 and of_model(path[1:], variable)
     with nnx.split_context(_CONTEXT) as outside:
         graphdef, inputs, rest = outside.split((model, args, kwargs), is_param, ...)
     params = _params_of(model, inputs[0] if 0 in inputs else nnx.State({}), wrt)
 
-    def pure_fn(values):
+    def pure_fn(values, *data):
         with nnx.merge_context(_CONTEXT, inner=True) as inside:
             inputs: nnx.State = nnx.State({0: _like(params, values)})
             model, args, kwargs = inside.merge(graphdef, inputs, rest)
         try:
-            value = losses_fn(model, *args, **kwargs)
+            value = losses_fn(model, *args, *data, **kwargs)
         except Exception as error:
             _explain_split_rngs(error, rest)
             raise
         losses, aux = take_aux(value, has_aux)
         with nnx.split_context(_CONTEXT) as inside:
-            return losses, inside.split(((model, args, kwargs), aux))
+            passed_through = inside.split(((model, args, kwargs), aux))
+        kept = {id(x) for x in jax.tree.leaves((values, rest))}
+        changed[:] = [id(x) not in kept for x in jax.tree.leaves(passed_through)]
+        return losses, passed_through
 
     (losses, passed_through), grads = grads_of(
-        pure_fn, params, mask_of_state(params, shared)
+        pure_fn, params, mask_of_state(params, shared), data
     )
+    if own_data:
+        definition, state = passed_through
+        passed_through = definition, _of_all_tasks(state, changed)
     with nnx.merge_context(_CONTEXT, inner=False) as outside:
         _, aux = outside.merge(*passed_through)
     return ((losses, aux) if has_aux else losses), grads
+
+
+def _of_all_tasks(state: nnx.State, changed: list[bool]) -> nnx.State:
+    """One state of the model for all tasks; auxiliary data, its second part, stay."""
+
+    def unite(path, x, is_changed):
+        if path[0].key == 1:
+            return x
+        is_averaged = is_changed and jnp.issubdtype(x.dtype, jnp.inexact)
+        return x.mean(axis=0) if is_averaged else x[0]
+
+    marks = jax.tree.unflatten(jax.tree.structure(state), changed)
+    return jax.tree_util.tree_map_with_path(unite, state, marks)
 
 
 def _check_module(model: Any) -> None:

@@ -476,31 +476,34 @@ def on_one_cpu(x: jax.Array) -> bool:
 
 
 def _leaf_products(x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    mesh = jax.typeof(x).sharding.mesh
     if on_one_cpu(x):
         # XLA's CPU contraction wants one axis, and over a huge one it runs from memory;
         # blocks run from cache.
         x, others = jax.tree.map(lambda y: y.reshape(len(y), -1), (x, others))
         if x.size > _MAX_IN_ONE_PIECE:
             return _products_in_blocks(_BLOCK_ELEMENTS // len(x), x, *others)
-    kwargs = {}
-    if AxisType.Explicit in mesh.axis_types:
-        kwargs["out_sharding"] = NamedSharding(mesh, PartitionSpec(None, None))
+    # Contracting all trailing axes as they are keeps a sharded leaf sharded.
     axes = tuple(range(1, x.ndim))
+    return tuple(contract(x, y, axes).real for y in others)
 
-    def product(y):
-        # Contracting all trailing axes as they are keeps a sharded leaf sharded.
-        out = jax.lax.dot_general(
-            x,
-            y.astype(x.dtype).conj(),
-            ((axes, axes), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-            **kwargs,
-        )
-        return out.real
 
-    return tuple(product(y) for y in others)
+def contract(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sum over some axes of ``x * y.conj()``, in the precision that :func:`gram` has.
+
+    The result has the other axes of both, and is whole on every device.
+    """
+    kwargs = {}
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        kwargs["out_sharding"] = NamedSharding(mesh, PartitionSpec())
+    return jax.lax.dot_general(
+        x,
+        y.astype(x.dtype).conj(),
+        ((axes, axes), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        **kwargs,
+    )
 
 
 def _products_in_blocks(size: int, *matrices: jax.Array) -> tuple[jax.Array, ...]:

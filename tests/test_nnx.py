@@ -383,3 +383,44 @@ def test_misuse(name):
 def test_the_library_itself_does_not_need_flax():
     code = "import optax_mtl, sys; assert 'flax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def own_loss_fn(model, task, x, y, rngs):
+    losses, aux = losses_fn(model, (x, y), rngs)
+    return losses[task], aux
+
+
+@pytest.mark.parametrize("mode", [None, "leafwise", "stacked"])
+def test_own_data_of_one_batch_as_losses_of_that_batch(mode):
+    """Also the statistics and counts left behind; measured in a part."""
+    tasks = np.arange(T)
+    repeated = [np.broadcast_to(x, (T, *x.shape)) for x in BATCH]
+
+    def run(own):
+        model, rngs, _ = make()
+        options = {"shared": SHARED["filter"], "own_data": own}
+        loss_fn = own_loss_fn if own else losses_fn
+        args = (tasks, *repeated) if own else (BATCH,)
+        if mode is None:
+            fn = optax_mtl.nnx.value_and_task_grads(loss_fn, True, **options)
+            step = lambda model, rngs: fn(model, *args, rngs=rngs)
+        else:
+            options |= {"mode": mode, "measure": nnx.PathContains("lora_a")}
+            fn = optax_mtl.nnx.value_and_grad(
+                loss_fn, optax_mtl.mgda(), True, **options
+            )
+            step = lambda model, rngs: fn(model, fn.init(model), *args, rngs=rngs)[:2]
+        (losses, aux), grads = nnx.jit(step)(model, rngs)
+        noise = aux["noise"][0] if own else aux["noise"]
+        return losses, noise, nnx.to_pure_dict(grads), pure(model, rngs)
+
+    assert_close(run(True), run(False))
+
+
+def test_statistics_of_tasks_are_averaged():
+    model = nnx.BatchNorm(2, momentum=0.0, rngs=nnx.Rngs(0))
+    x = RNG.normal(size=(T, 8, 2)).astype(np.float32)
+    loss_fn = lambda model, x: jnp.sum(model(x) ** 3)
+    optax_mtl.nnx.value_and_task_grads(loss_fn, own_data=True)(model, x)
+    assert_close(model.mean[...], x.mean(axis=(0, 1)))
+    assert_close(model.var[...], x.var(axis=1).mean(axis=0))

@@ -2,7 +2,8 @@
 
 For many domains, environments or language pairs, and, as the extreme, for one
 objective per example. All tasks go through one vectorised pass, so that T gradients
-cost what the plain sum over all the data costs, and resolving them twice that. The
+cost what the plain sum over all the data costs, and resolving them twice that. Where a
+task has few rows of data, the Gram matrix takes no gradients at all (few_rows.py). The
 tasks share one loss function and one shape of their batches; where tasks share a batch,
 this would do its forward pass T times.
 """
@@ -16,6 +17,7 @@ import optax
 
 from optax_mtl import base, tasks
 from optax_mtl.gradients.backward import are_few, take_aux, vector_fn
+from optax_mtl.gradients.few_rows import gram_of_tasks
 from optax_mtl.gradients.measured import measure_on_part, split_measured
 from optax_mtl.gradients.resolver import resolve
 from optax_mtl.gradients.sharing import merge, split
@@ -77,9 +79,9 @@ def own_resolved(
 ) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
     """What :func:`value_and_grad` makes with ``own_data``.
 
-    The Gram matrix comes from the gradients of all tasks, of which the compiler frees
-    one leaf after the other; one backward pass of the weighted losses follows. With
-    few gradients, ``"auto"`` holds them instead.
+    The Gram matrix comes from few rows of activations, or from the gradients of all
+    tasks, of which the compiler frees one leaf after the other; one backward pass of
+    the weighted losses follows. With few gradients, ``"auto"`` holds them instead.
     """
     task_grads = own_task_grads(loss_fn, has_aux, shared, sequential=False)
 
@@ -100,7 +102,12 @@ def own_resolved(
         losses, pull_back, value = jax.vjp(losses_of, *primals, has_aux=True)
         ones = jnp.ones_like(losses)  # Sharded as the losses are.
 
-        def gradients(primals=primals):
+        def gram_of(part, rest):
+            loss_of = _of_one(loss_fn, has_aux, kwargs)
+            of_part = lambda part, *args: loss_of(merge(part, rest), *args)[0]
+            return gram_of_tasks(of_part, part, args)
+
+        def gradients():
             return own_gradients(loss_fn, has_aux, primals, args, kwargs)[1]
 
         measured = primals
@@ -110,7 +117,7 @@ def own_resolved(
 
         view = tasks.GramView(
             len(losses),
-            lambda: tasks.gram(gradients(measured)),
+            lambda: gram_of(*measured),
             lambda weights: pull_back(ones * weights.astype(ones.dtype))[0],
             lambda weights, keep: tasks.combine(
                 weights, tasks.drop_tasks(keep, gradients())
