@@ -10,6 +10,8 @@ from optax_mtl.catalog import METHODS as METHODS
 from optax_mtl.catalog import Entry as Entry
 from optax_mtl.catalog import get as get
 from optax_mtl.checks import check as check
+from optax_mtl.compare import compare as compare
+from optax_mtl.comparison import Comparison as Comparison
 from optax_mtl.gradients.accumulated import (
     accumulate_task_grads as accumulate_task_grads,
 )
@@ -101,6 +103,9 @@ from optax_mtl.methods.robust.geometric_median import (
 )
 from optax_mtl.methods.robust.krum import krum as krum
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
+from optax_mtl.scores import delta_m as delta_m
+from optax_mtl.scores import hypervolume as hypervolume
+from optax_mtl.scores import mean_rank as mean_rank
 from optax_mtl.tasks import GramView as GramView
 from optax_mtl.tasks import combine as combine
 from optax_mtl.tasks import gram as gram

@@ -1,0 +1,208 @@
+"""What a race found: arrays, a table and a verdict."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from optax_mtl import scores
+
+
+class Comparison(NamedTuple):
+    """What :func:`compare` returns: arrays, and the two ways to read them.
+
+    The rows are ``methods``: ``"sum"``, the static weightings, ``"only <task>"`` with
+    ``single_task``, and the methods of the race. Runs that diverged hold NaN.
+    """
+
+    methods: tuple[str, ...]  # Names of the M rows.
+    tasks: tuple[str, ...]  # Names of the T tasks.
+    metrics: tuple[str, ...]  # Names of the K metrics.
+    maximise: tuple[str, ...]  # Those of which more is better.
+    learning_rates: np.ndarray  # Shape (R,).
+    weightings: np.ndarray  # Of the sum and the static weightings, shape (W + 1, T).
+    values: np.ndarray  # What is reported, shape (M, R, S, K).
+    selection: np.ndarray  # What the choice is made on, shape (M, R, Z, K).
+    losses: np.ndarray  # Means over stretches of training, shape (M, R, S, P, T).
+    min_cosines: np.ndarray  # Of the most opposed pair, shape (M, R, S, P).
+    seconds: np.ndarray  # Of one step of one run, shape (M,).
+    num_steps: np.ndarray  # Of each run, shape (M,).
+    rule: str  # How rates and weights were chosen.
+
+    def chosen(self) -> np.ndarray:
+        """The number of the learning rate of each row, by the selection; shape (M,)."""
+        return np.argmin(self._selected(), axis=1)
+
+    def tuned(self) -> int:
+        """The row of the static weighting that the selection puts first."""
+        return int(np.argmin(self._selected().min(axis=1)[: len(self.weightings)]))
+
+    def at_best(self) -> np.ndarray:
+        """Reported metrics of each row at its chosen rate, shape (M, S, K)."""
+        return self.values[np.arange(len(self.methods)), self.chosen()]
+
+    def delta_m(self) -> np.ndarray:
+        """Against the mean of the plain sum, seed by seed, shape (M, S)."""
+        found = self.at_best()
+        return scores.relative_change(found, found[0].mean(axis=0), self._signs())
+
+    def frontier(self) -> np.ndarray:
+        """Mean metrics of the static weightings at their rates, shape (W + 1, K)."""
+        return self.at_best()[: len(self.weightings)].mean(axis=1)
+
+    def table(self) -> str:
+        """The figures at the chosen rates, as markdown."""
+        return _table(self)
+
+    def verdict(self) -> str:
+        """What follows from the figures, in plain sentences."""
+        return "\n".join(_sentences(self))
+
+    def __repr__(self):
+        return f"{self.table()}\n\n{self.verdict()}"
+
+    def _signs(self):
+        return scores.signs_of(self.metrics, self.maximise)
+
+    def _selected(self):
+        """Mean Delta-m of each row and rate on the selection; infinite if diverged."""
+        # In units of a typical run of the plain sum.
+        finite = self.selection[0][np.isfinite(self.selection[0]).all(axis=-1)]
+        scale = np.median(finite, axis=0) if len(finite) else np.ones(len(self.metrics))
+        change = scores.relative_change(self.selection, scale, self._signs())
+        mean = change.mean(axis=2)
+        return np.where(np.isfinite(mean), mean, np.inf)
+
+
+def _table(it: Comparison) -> str:
+    """The plain sum, the tuned sum, the single tasks and the methods."""
+    best, change, chosen = it.at_best(), it.delta_m(), it.chosen()
+    tuned = it.tuned()
+    rows = [0, tuned, *_methods(it)]
+    labels = ["sum", "tuned sum", *(f"`{it.methods[i]}`" for i in rows[2:])]
+    ranks = scores.ranks_of(it._signs() * best[rows].mean(axis=1))
+    alone = _single_task(it)
+    columns = ["", "rate", *it.metrics, "Δm %"]
+    columns += ["Δm % single task"] * (alone is not None)
+    columns += ["mean rank", "Δm % - tuned sum", "conflict %", "ms a step", "diverged"]
+    lines = [columns, ["---"] * len(columns)]
+    if alone is not None:
+        cells = [f"{x:.4g}" for x in alone]
+        lines.append(["single tasks", "", *cells, "", "0", *[""] * 5])
+    for label, i, rank in zip(labels, rows, ranks):
+        metrics = [_with_spread(best[i, :, k]) for k in range(len(it.metrics))]
+        cells = [label, f"{it.learning_rates[chosen[i]]:.3g}", *metrics]
+        cells.append(_with_spread(change[i], "+.2f"))
+        if alone is not None:
+            mean = best[i].mean(axis=0)
+            cells.append(f"{scores.relative_change(mean, alone, it._signs()):+.2f}")
+        opposed = it.min_cosines[i, chosen[i]] < 0
+        runs = np.isnan(it.values[i]).any(axis=-1)
+        ahead = " ".join(f"{x:+.2f}" for x in change[i] - change[tuned])
+        cells += [f"{rank:.1f}", ahead, f"{100 * opposed.mean():.0f}"]
+        cells += [f"{1000 * it.seconds[i]:.3g}", f"{runs.sum()} of {runs.size}"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _with_spread(values, form=".4g"):
+    """Mean and standard deviation over the seeds."""
+    spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
+    mean = values.mean()
+    mean = 0.0 if abs(mean) < 1e-9 else mean  # No "-0.00".
+    return f"{mean:{form}}{spread}"
+
+
+def _methods(it):
+    """Rows of the methods of the race."""
+    known = ("sum", "weighting ", "only ")
+    return [i for i, name in enumerate(it.methods) if not name.startswith(known)]
+
+
+def _single_task(it):
+    """Each metric by the task alone that selection finds best at it; or None."""
+    rows = [i for i, name in enumerate(it.methods) if name.startswith("only ")]
+    if not rows:
+        return None
+    score = it._signs() * it.selection[rows].mean(axis=2)
+    score = np.where(np.isnan(score), np.inf, score).reshape(-1, len(it.metrics))
+    reported = it.values[rows].mean(axis=2).reshape(score.shape)
+    return np.take_along_axis(reported, score.argmin(axis=0)[None], axis=0)[0]
+
+
+def _sentences(it: Comparison) -> Iterator[str]:
+    """The verdict, one sentence an item."""
+    change, tuned = it.delta_m(), it.tuned()
+    num_seeds, num_rates = it.values.shape[2], len(it.learning_rates)
+    trials = len(it.weightings) * num_rates
+    if np.isnan(change[0]).any():
+        yield (
+            "The plain sum diverged in a reported seed at every rate, or at the one"
+            " chosen, so that there is nothing to compare with: lower learning_rates."
+        )
+        return
+    if num_seeds == 1:
+        yield (
+            "One seed: there is no spread, so that no difference means anything; take"
+            " three seeds or more."
+        )
+    ahead = [i for i in _methods(it) if _is_ahead(change[i], change[tuned])]
+    for i in ahead:
+        difference = change[tuned] - change[i]
+        yield (
+            f"{it.methods[i]} is ahead of the tuned sum in every seed, by"
+            f" {_with_spread(difference, '.2f')} points of Δm, at"
+            f" {it.seconds[i] / it.seconds[0]:.1f} times the time of a step."
+        )
+    if not ahead and num_seeds > 1:
+        yield (
+            "Keep the sum: no method is ahead of the tuned sum beyond the spread of"
+            " the seeds."
+        )
+    weights = ", ".join(f"{x:.2g}" for x in it.weightings[tuned])
+    if tuned and _is_ahead(change[tuned], change[0]):
+        yield (
+            f"Tuning pays: weights of {weights} are ahead of the plain sum by"
+            f" {_with_spread(change[0] - change[tuned], '.2f')} points of Δm, after"
+            f" {trials} trials for each seed."
+        )
+    level = [i for i in _methods(it) if i not in ahead]
+    level = [i for i in level if _is_ahead(change[i], change[0])]
+    level = [i for i in level if not _is_ahead(change[tuned], change[i])]
+    for i in level if tuned else ():
+        yield (
+            f"{it.methods[i]} saves tuning: ahead of the plain sum, and level with the"
+            f" tuned one, after {num_rates} trials instead of {trials}."
+        )
+    behind = [i for i in _methods(it) if _is_ahead(change[0], change[i])]
+    if behind:
+        lost = ", ".join(it.methods[i] for i in behind)
+        yield f"Behind the plain sum in every seed, beyond the spread: {lost}."
+    chosen, last = it.chosen(), num_rates - 1
+    labels = {0: "the sum", tuned: "the tuned sum"} | {
+        i: it.methods[i] for i in _methods(it)
+    }
+    for end, word in ((0, "smallest"), (last, "largest")) if last else ():
+        names = [label for i, label in labels.items() if chosen[i] == end]
+        if names:
+            yield (
+                f"The {word} rate tried is the best of {', '.join(names)}: try"
+                f" {'smaller' if end == 0 else 'larger'} ones, too."
+            )
+    opposed = (it.min_cosines[0, chosen[0]] < 0).mean()
+    yield (
+        f"Gradients of the plain sum conflicted at {100 * opposed:.0f} % of"
+        f" {it.min_cosines.shape[-1]} points of its training."
+    )
+    diverged = np.isnan(it.values).any(axis=-1).sum()
+    if diverged:
+        yield f"{diverged} of {it.values[..., 0].size} runs diverged."
+    yield f"Rates and weights were chosen {it.rule}."
+
+
+def _is_ahead(change, other):
+    """Whether in every seed, and by more than the spread of the difference."""
+    difference = other - change
+    if len(difference) < 2:
+        return False
+    return bool(np.all(difference > 0) & (difference.mean() > difference.std(ddof=1)))
