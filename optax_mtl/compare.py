@@ -5,6 +5,7 @@ method, and the weights of the tuned sum, are chosen on figures that are not rep
 """
 
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import SimpleNamespace
@@ -166,8 +167,13 @@ def compare(
     chunk = chunk or max(1, MAX_BYTES // ((num_tasks + 6) * size))
     all_seeds = np.arange(seeds if on_split else 2 * seeds)
     functions = [evaluate] if select is None else [evaluate, select]
-    measure = lambda params: [_as_vector(f(params), metrics) for f in functions]
-    gram_of = _gram(losses_fn, shared, num_tasks)
+    programs = _Programs(
+        init=jax.jit(jax.vmap(lambda seed: init_fn(_keys(seed)[0]))),
+        cosine=_cosines(losses_fn, batch_fn, shared, num_tasks),
+        measure=jax.jit(
+            jax.vmap(lambda x: [_as_vector(f(x), metrics) for f in functions])
+        ),
+    )
 
     found, times = [], []
     bar = _bar(len(racers) if progress else 0)
@@ -177,21 +183,21 @@ def compare(
             grid = (len(racer.names), len(rates), len(all_seeds))
             row, rate, seed = (x.reshape(-1) for x in np.indices(grid))
             settings = rates[rate], all_seeds[seed], racer.weights[row]
-            ends = np.linspace(0, length, num_points + 1).astype(np.int32)[1:]
-            train = _trainer(init_fn, batch_fn, racer, optimizer, gram_of, measure)
-            results, seconds = _in_chunks(train, settings, ends, chunk)
+            bounds = np.linspace(0, length, num_points + 1).astype(np.int32)
+            train = _trainer(racer, batch_fn, optimizer, programs, bounds)
+            results, seconds = _in_chunks(train, settings, chunk)
             found.append([x.reshape(grid + x.shape[1:]) for x in results])
-            times.append(seconds)
+            times.append(seconds / length)
             bar.update()
     except KeyboardInterrupt:
         if not found:
             raise
     bar.close()
 
-    *tables, history, cosines = map(np.concatenate, zip(*found))
-    tables = np.float64(tables)
-    finite = np.isfinite(tables).all(axis=(0, -1))
-    tables = np.where(finite[..., None], tables, np.nan)
+    *parts, history, cosines = map(np.concatenate, zip(*found))
+    tables = np.stack(parts).astype(np.float64)
+    finite = np.isfinite(tables).all(axis=(0, -1), keepdims=True)
+    tables = np.where(finite, tables, np.nan)
     values, selection = tables if on_split else np.split(tables[0], 2, axis=2)
     counts = [len(racer.names) for racer in racers[: len(found)]]
     rule = "on a split of its own" if on_split else f"on {seeds} seeds not reported"
@@ -221,50 +227,73 @@ class _Racer(NamedTuple):
     resolve: Callable[..., Any]  # (params, state, batch, weights) as value_and_grad.
 
 
-def _trainer(init_fn, batch_fn, racer, optimizer, gram_of, measure):
-    """A run of one setting: metrics, mean losses over stretches of it, cosines."""
+class _Programs(NamedTuple):
+    """What all racers share, compiled once, for several runs at a time."""
 
-    def train(rate, seed, weights, ends):
-        init_key, data_key = jax.random.split(jax.random.key(seed))
-        params = init_fn(init_key)
-        tx = optimizer(rate)
+    init: Callable[..., Any]  # From seeds to parameters.
+    cosine: Callable[..., Any]  # From parameters, seeds, step to the smallest cosines.
+    measure: Callable[..., Any]  # From parameters to vectors of metrics.
+
+
+def _trainer(racer, batch_fn, optimizer, programs, bounds):
+    """Function of some settings to metrics, losses, cosines, and its seconds."""
+
+    def advance(carry, start, end, rate, seed, weights):
+        """The steps of one run from start to end, and the sum of their losses."""
+        tx, key = optimizer(rate), _keys(seed)[1]
 
         def step(number, carry):
             params, state, opt_state, total = carry
-            batch = batch_fn(data_key, number)
+            batch = batch_fn(key, number)
             losses, grads, state = racer.resolve(params, state, batch, weights)
             updates, opt_state = tx.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
             return params, state, opt_state, total + stack_task_losses(losses)
 
-        def stretch(carry, bounds):
-            start, end = bounds
-            gram = gram_of(carry[0], batch_fn(data_key, start))
-            carry = *carry, jnp.zeros(len(gram))
-            *carry, total = jax.lax.fori_loop(start, end, step, carry)
-            mean = total / (end - start)
-            return tuple(carry), (mean, measures.conflicts(gram).min_cosine)
+        carry = *carry, jnp.zeros(len(weights))
+        *carry, total = jax.lax.fori_loop(start, end, step, carry)
+        return tuple(carry), total
 
-        carry = params, racer.init(params), tx.init(params)
-        starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
-        carry, history = jax.lax.scan(stretch, carry, jnp.stack([starts, ends], 1))
-        return [*measure(carry[0]), *history]
+    begin = lambda params, rate: (
+        params,
+        racer.init(params),
+        optimizer(rate).init(params),
+    )
+    begin = jax.jit(jax.vmap(begin))
+    advance = jax.jit(jax.vmap(advance, (0, None, None, 0, 0, 0)), donate_argnums=0)
+
+    def train(rates, seeds, weights):
+        carry = begin(programs.init(seeds), rates)
+        carry, _ = advance(
+            carry, bounds[0], bounds[0], rates, seeds, weights
+        )  # Compiles.
+        history, seconds = [], 0.0
+        for start, end in itertools.pairwise(bounds):
+            cosine = programs.cosine(carry[0], seeds, start)
+            began = time.perf_counter()
+            carry, total = advance(carry, start, end, rates, seeds, weights)
+            history.append((jax.device_get(total) / (end - start), cosine))
+            seconds += time.perf_counter() - began
+        curves = [np.stack(x, axis=1) for x in zip(*history)]
+        return [*jax.device_get(programs.measure(carry[0])), *curves], seconds
 
     return train
 
 
-def _in_chunks(train, settings, ends, chunk):
-    """Results of all settings, and the seconds of one step of one."""
+def _keys(seed):
+    """Keys of the parameters and of the batches of a run."""
+    return jax.random.split(jax.random.key(seed))
+
+
+def _in_chunks(train, settings, chunk):
+    """Results of all settings, and the seconds of one."""
     count = len(settings[0])
     pieces = -(-count // chunk)
     order = np.arange(pieces * -(-count // pieces)) % count  # The last is filled up.
     parts = [[x[part] for x in settings] for part in np.split(order, pieces)]
-    program = jax.jit(jax.vmap(train, (0, 0, 0, None)))
-    compiled = program.lower(*parts[0], ends).compile()
-    start = time.perf_counter()
-    found = [jax.device_get(compiled(*part, ends)) for part in parts]
-    seconds = (time.perf_counter() - start) / (len(order) * ends[-1])
-    return [np.concatenate(x)[:count] for x in zip(*found)], seconds
+    found, seconds = zip(*(train(*part) for part in parts))
+    joined = [np.concatenate(x)[:count] for x in zip(*found)]
+    return joined, sum(seconds) / len(order)
 
 
 def _draw_weights(weightings, num_tasks):
@@ -308,8 +337,8 @@ def _factories(methods):
     return factories
 
 
-def _gram(losses_fn, shared, num_tasks):
-    """Function to the Gram matrix of the task gradients of the shared parameters."""
+def _cosines(losses_fn, batch_fn, shared, num_tasks):
+    """Program to the smallest cosine of the task gradients of shared parameters."""
 
     def watch(updates, state, params=None, **extra):
         return tasks.combine(jnp.ones(num_tasks), updates), tasks.gram(updates)
@@ -317,7 +346,13 @@ def _gram(losses_fn, shared, num_tasks):
     init = lambda params: jnp.zeros((num_tasks, num_tasks))
     watcher = optax.GradientTransformationExtraArgs(init, watch)
     resolve = value_and_grad(losses_fn, watcher, shared=shared)
-    return lambda params, batch: resolve(params, resolve.init(params), batch)[2]
+
+    def cosine(params, seed, number):
+        batch = batch_fn(_keys(seed)[1], number)
+        *_, gram = resolve(params, resolve.init(params), batch)
+        return measures.conflicts(gram).min_cosine
+
+    return jax.jit(jax.vmap(cosine, (0, 0, None)))
 
 
 def _on_batches(losses_fn, batch_fn, names, number):
