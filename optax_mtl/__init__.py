@@ -103,6 +103,7 @@ from optax_mtl.methods.robust.geometric_median import (
 )
 from optax_mtl.methods.robust.krum import krum as krum
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
+from optax_mtl.recommend import recommend as recommend
 from optax_mtl.scores import delta_m as delta_m
 from optax_mtl.scores import hypervolume as hypervolume
 from optax_mtl.scores import mean_rank as mean_rank

@@ -171,8 +171,8 @@ def _sentences(it: Comparison) -> Iterator[str]:
     level = [i for i in level if not _is_ahead(change[tuned], change[i])]
     for i in level if tuned else ():
         yield (
-            f"{it.methods[i]} saves tuning: ahead of the plain sum, and level with the"
-            f" tuned one, after {num_rates} trials instead of {trials}."
+            f"{it.methods[i]} saves tuning: ahead of the plain sum, and not behind the"
+            f" tuned one beyond the spread, after {num_rates} trials, not {trials}."
         )
     behind = [i for i in _methods(it) if _is_ahead(change[0], change[i])]
     if behind:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib import pyplot
 
 import optax_mtl
+from optax_mtl import plots
 
 RATES = (0.003, 0.03)
 NUM_STEPS, NUM_SEEDS = 25, 2
@@ -325,3 +327,49 @@ def test_hypervolume(num_metrics):
         assert volume == dominated.sum()
     with pytest.raises(ValueError, match="one to three"):
         optax_mtl.hypervolume(np.ones((2, 4)), np.ones(4))
+
+
+def report(gram):
+    return optax_mtl.conflicts(jnp.asarray(gram, jnp.float32))
+
+
+def test_recommend():
+    text = optax_mtl.recommend(report(np.eye(4)))
+    assert text.startswith("Nothing to repair: the smallest cosine is 0.00")
+    text = optax_mtl.recommend(report([[1, -0.5], [-0.5, 1]]))
+    assert "smallest cosine is -0.50 and 100 % of the pairs" in text
+    assert "upgrad" in text
+    assert "Norms" not in text
+    assert "With 2 tasks" in text
+    text = optax_mtl.recommend(report([[100, 0], [0, 1]]))
+    assert "factor of 10.0" in text
+    assert "cosine" not in text
+    text = optax_mtl.recommend(report(np.diag(np.arange(1, 21) ** 2)), 10**8)
+    assert "20 tasks cost as many backward passes" in text
+    assert "8.0 GB" in text
+    assert "not finite" in optax_mtl.recommend(report([[np.nan, 0], [0, 1]]))
+    assert "1 of the tasks" in optax_mtl.recommend(report([[0, 0], [0, 1]]))
+    with pytest.raises(TypeError, match="report of one batch"):
+        optax_mtl.recommend(jnp.eye(2))
+    for name in ("upgrad", "cagrad", "imtl_l", "nash_mtl", "famo"):
+        assert name in optax_mtl.METHODS
+
+
+def test_figure():
+    """It shows what the result holds; a metric alone is drawn against itself."""
+    result = raced()
+    trade_off, sensitivity, conflict = plots.compare(result)
+    labels = trade_off.get_legend_handles_labels()[1]
+    assert labels == ["static weightings", "upgrad", "plain", "sum"]
+    upgrad = sensitivity.get_lines()[0]
+    np.testing.assert_array_equal(upgrad.get_xdata(), result.learning_rates)
+    row = result.methods.index("upgrad")
+    expected = result.delta_m()[row].mean()
+    np.testing.assert_allclose(upgrad.get_ydata()[result.chosen()[row]], expected)
+    assert len(conflict.get_lines()) == 4
+    pyplot.close("all")
+    plots.compare(made_up({"sum": 0, "w": -4, "x": -9}))
+    pyplot.close("all")
+    with pytest.raises(ValueError, match="three axes, got 2"):
+        plots.compare(result, pyplot.subplots(1, 2)[1])
+    pyplot.close("all")

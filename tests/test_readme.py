@@ -141,6 +141,19 @@ def routed_heads(code):
     assert_changed(optax_mtl.apply_updates(PARAMS, updates), PARAMS)
 
 
+def race(code):
+    """Every run learns; all losses fall at the largest rate."""
+    names = run(
+        code.replace("600", "30"),
+        init_fn=lambda key: jax.tree.map(lambda x: x * jax.random.normal(key), PARAMS),
+        batch_fn=lambda key, step: BATCH,
+        shared=lambda path: "trunk" in path,
+    )
+    result = names["result"]
+    assert result.methods[-4:] == ("upgrad", "cagrad", "nash_mtl", "imtl_l")
+    assert jnp.all(result.losses[:, -1, :, -1] < result.losses[:, -1, :, 0])
+
+
 def own_method(code):
     """In every mode; for g, 2 g and -g the third conflicts with two, they with one."""
     method = run(code)["method"]
@@ -319,6 +332,7 @@ CHECKS = [
     two_lines_of_linen,
     conflicts,
     routed_heads,
+    race,
     own_method,
     own_method_tried,
     whole_chain,
