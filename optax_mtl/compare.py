@@ -118,18 +118,26 @@ def compare(
       Current Multi-Task Optimization Methods in Deep Learning Even Help?
       <https://arxiv.org/abs/2209.11379>`_, NeurIPS 2022.
     """
-    for name, value in (("seeds", seeds), ("num_steps", num_steps)):
-        arguments.check_count(name, value)
+    arguments.check_count("seeds", seeds)
+    arguments.check_count("num_steps", num_steps)
     arguments.check_count("weightings", weightings, least=0)
     arguments.check_count("chunk", chunk, optional=True)
     arguments.check_choice("update_budget", update_budget, ("steps", "flops"))
     arguments.check_range("learning_rates", learning_rates, "(0, inf)")
     rates = np.asarray(learning_rates, np.float32).reshape(-1)
+    arguments.check_count("the number of learning_rates", rates.size)
+    functions = {"losses_fn": losses_fn, "init_fn": init_fn, "batch_fn": batch_fn}
+    for name, function in (functions | {"optimizer": optimizer}).items():
+        arguments.check_function(name, function)
 
     params, batch = jax.eval_shape(
         lambda key: (init_fn(key), batch_fn(key, jnp.int32(0))), jax.random.key(0)
     )
-    losses = jax.eval_shape(losses_fn, params, batch)
+    try:
+        losses = jax.eval_shape(losses_fn, params, batch)
+    except TypeError as error:
+        error.add_note("compare calls losses_fn(params, batch), with the batch as one.")
+        raise
     num_tasks = jax.eval_shape(stack_task_losses, losses).size
     names = tasks.names_of(losses) or [str(i) for i in range(num_tasks)]
     on_split = select is not None or evaluate is None
@@ -152,7 +160,8 @@ def compare(
         resolve = value_and_grad(losses_fn, make(num_tasks), shared=shared)
         racer = _Racer([name], np.ones((1, num_tasks), np.float32), *_method(resolve))
         try:
-            jax.eval_shape(racer.resolve, params, racer.init(params), batch, None)
+            step = lambda p, b, f=racer: f.resolve(p, f.init(p), b, f.weights[0])
+            jax.eval_shape(step, params, batch)
         except (TypeError, ValueError) as error:
             error.add_note(f"This is method {name!r} of the race.")
             raise
@@ -166,12 +175,12 @@ def compare(
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     chunk = chunk or max(1, MAX_BYTES // ((num_tasks + 6) * size))
     all_seeds = np.arange(seeds if on_split else 2 * seeds)
-    functions = [evaluate] if select is None else [evaluate, select]
+    measured = [evaluate] if select is None else [evaluate, select]
     programs = _Programs(
         init=jax.jit(jax.vmap(lambda seed: init_fn(_keys(seed)[0]))),
         cosine=_cosines(losses_fn, batch_fn, shared, num_tasks),
         measure=jax.jit(
-            jax.vmap(lambda x: [_as_vector(f(x), metrics) for f in functions])
+            jax.vmap(lambda x: [_as_vector(f(x), metrics) for f in measured])
         ),
     )
 
@@ -329,7 +338,8 @@ def _factories(methods):
     else:
         names = [methods] if isinstance(methods, str) else list(methods)
         factories = {x: lambda num_tasks, x=x: catalog.get(x, num_tasks) for x in names}
-    for name in factories:
+    for name, make in factories.items():
+        arguments.check_function(f"methods[{name!r}]", make)
         if name == "sum" or name.startswith(("weighting ", "only ")):
             raise ValueError(
                 f"{name!r} is in every race; give your method another name"
