@@ -201,7 +201,8 @@ def compare(
     except KeyboardInterrupt:
         if not found:
             raise
-    bar.close()
+    finally:
+        bar.close()
 
     *parts, history, cosines = map(np.concatenate, zip(*found))
     tables = np.stack(parts).astype(np.float64)

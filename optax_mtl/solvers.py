@@ -664,7 +664,7 @@ def _active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         centre = first
         curvature = _inner(first, jnp.sum(Q * first[None], 1))
         terms = _inner(jnp.abs(first), jnp.sum(jnp.abs(Q * first[None]), 1))
-        cancels = curvature <= eps / 4 * terms
+        cancels = curvature <= eps * terms
         settled = violation <= jnp.where(cancels, 8 * eps, 8 * eps**1.5)
         sound = curvature > eps**0.5 * _inner(first, first)
         pulled = ~(sound & (violation <= 8 * eps))
