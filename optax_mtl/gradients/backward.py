@@ -12,7 +12,7 @@ from optax_mtl.gradients.sharing import merge
 
 # Equations of the backward passes that are written out one beside the other, for the
 # sake of compile time; beyond, several tasks share a pass.
-MAX_EQUATIONS = 6000
+MAX_EQUATIONS = 3000
 # Named losses, up to so many, of which those that are not finite are left out.
 MAX_APART = 8
 # So many gradients of all tasks are kept by mode="auto", to save a backward pass.
