@@ -46,6 +46,12 @@ class Comparison(NamedTuple):
         found = self.at_best()
         return scores.relative_change(found, found[0].mean(axis=0), self._signs())
 
+    def racers(self) -> list[int]:
+        """The rows of the methods, without sums and single tasks."""
+        rivals = ("weighting ", "only ")
+        names = enumerate(self.methods)
+        return [i for i, x in names if x != "sum" and not x.startswith(rivals)]
+
     def frontier(self) -> np.ndarray:
         """Mean metrics of the static weightings at their rates, shape (W + 1, K)."""
         return self.at_best()[: len(self.weightings)].mean(axis=1)
@@ -78,7 +84,7 @@ def _table(it: Comparison) -> str:
     """The plain sum, the tuned sum, the single tasks and the methods."""
     best, change, chosen = it.at_best(), it.delta_m(), it.chosen()
     tuned = it.tuned()
-    rows = [0, tuned, *_methods(it)]
+    rows = [0, tuned, *it.racers()]
     labels = ["sum", "tuned sum", *(f"`{it.methods[i]}`" for i in rows[2:])]
     ranks = scores.ranks_of(it._signs() * best[rows].mean(axis=1))
     alone = _single_task(it)
@@ -113,12 +119,6 @@ def _with_spread(values, form=".4g"):
     return f"{mean:{form}}{spread}"
 
 
-def _methods(it):
-    """Rows of the methods of the race."""
-    known = ("sum", "weighting ", "only ")
-    return [i for i, name in enumerate(it.methods) if not name.startswith(known)]
-
-
 def _single_task(it):
     """Each metric by the task alone that selection finds best at it; or None."""
     rows = [i for i, name in enumerate(it.methods) if name.startswith("only ")]
@@ -146,7 +146,7 @@ def _sentences(it: Comparison) -> Iterator[str]:
             "One seed: there is no spread, so that no difference means anything; take"
             " three seeds or more."
         )
-    ahead = [i for i in _methods(it) if _is_ahead(change[i], change[tuned])]
+    ahead = [i for i in it.racers() if _is_ahead(change[i], change[tuned])]
     for i in ahead:
         difference = change[tuned] - change[i]
         yield (
@@ -166,7 +166,7 @@ def _sentences(it: Comparison) -> Iterator[str]:
             f" {_with_spread(change[0] - change[tuned], '.2f')} points of Δm, after"
             f" {trials} trials for each seed."
         )
-    level = [i for i in _methods(it) if i not in ahead]
+    level = [i for i in it.racers() if i not in ahead]
     level = [i for i in level if _is_ahead(change[i], change[0])]
     level = [i for i in level if not _is_ahead(change[tuned], change[i])]
     for i in level if tuned else ():
@@ -174,13 +174,13 @@ def _sentences(it: Comparison) -> Iterator[str]:
             f"{it.methods[i]} saves tuning: ahead of the plain sum, and not behind the"
             f" tuned one beyond the spread, after {num_rates} trials, not {trials}."
         )
-    behind = [i for i in _methods(it) if _is_ahead(change[0], change[i])]
+    behind = [i for i in it.racers() if _is_ahead(change[0], change[i])]
     if behind:
         lost = ", ".join(it.methods[i] for i in behind)
         yield f"Behind the plain sum in every seed, beyond the spread: {lost}."
     chosen, last = it.chosen(), num_rates - 1
     labels = {0: "the sum", tuned: "the tuned sum"} | {
-        i: it.methods[i] for i in _methods(it)
+        i: it.methods[i] for i in it.racers()
     }
     for end, word in ((0, "smallest"), (last, "largest")) if last else ():
         names = [label for i, label in labels.items() if chosen[i] == end]

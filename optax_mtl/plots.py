@@ -38,13 +38,15 @@ def compare(result: Comparison, axes: Any = None) -> Any:
         raise ValueError(f"compare draws on three axes, got {len(axes)}")
     trade_off, sensitivity, conflict = axes
     chosen, best = result.chosen(), result.at_best()
-    methods = [i for i, name in enumerate(result.methods) if _is_method(name)]
-    styles = {i: _style(number, result.methods[i]) for number, i in enumerate(methods)}
+    styles = {
+        row: _style(number, result.methods[row])
+        for number, row in enumerate(result.racers())
+    }
     styles[0] = {"color": "0.35", "marker": "s", "label": "sum"}
 
     metrics = [0, min(1, len(result.metrics) - 1)]
     means, spreads = best[..., metrics].mean(axis=1), best[..., metrics].std(axis=1)
-    static = means[: len(result.weightings)]
+    static = result.frontier()[:, metrics]
     signs = scores.signs_of(result.metrics, result.maximise)[metrics]
     beaten = (signs * static[None] < signs * static[:, None]).all(axis=2).any(axis=1)
     front = static[~beaten]
@@ -84,10 +86,6 @@ def compare(result: Comparison, axes: Any = None) -> Any:
     )
     trade_off.legend(fontsize="x-small")
     return axes
-
-
-def _is_method(name):
-    return name != "sum" and not name.startswith(("weighting ", "only "))
 
 
 def _style(number, label):

@@ -111,6 +111,9 @@ def test_plain_sum_is_the_sum():
     np.testing.assert_allclose(result.weightings.sum(axis=1), 2, rtol=1e-12)
     assert result.methods[:3] == ("sum", "weighting 1", "weighting 2")
     assert result.methods[3:5] == ("only far", "only near")
+    assert result.racers() == [5, 6]
+    named = result._replace(methods=(*result.methods[:-1], "sum of mine"))
+    assert named.racers() == [5, 6]
 
 
 def test_single_tasks_train_one_task():
