@@ -71,11 +71,12 @@ class Comparison(NamedTuple):
         return scores.signs_of(self.metrics, self.maximise)
 
     def _selected(self):
-        """Mean Delta-m of each row and rate on the selection; infinite if diverged."""
+        """Mean change of each row and rate on the selection; infinite if diverged."""
         # In units of a typical run of the plain sum.
         finite = self.selection[0][np.isfinite(self.selection[0]).all(axis=-1)]
-        scale = np.median(finite, axis=0) if len(finite) else np.ones(len(self.metrics))
-        change = scores.relative_change(self.selection, scale, self._signs())
+        unit = np.median(finite, axis=0) if len(finite) else np.ones(len(self.metrics))
+        signs = self._signs() / np.where(unit == 0, 1, np.abs(unit))
+        change = np.mean(signs * (self.selection - unit), axis=-1)
         mean = change.mean(axis=2)
         return np.where(np.isfinite(mean), mean, np.inf)
 
@@ -135,10 +136,17 @@ def _sentences(it: Comparison) -> Iterator[str]:
     change, tuned = it.delta_m(), it.tuned()
     num_seeds, num_rates = it.values.shape[2], len(it.learning_rates)
     trials = len(it.weightings) * num_rates
-    if np.isnan(change[0]).any():
+    if np.isnan(it.at_best()[0]).any():
         yield (
             "The plain sum diverged in a reported seed at every rate, or at the one"
             " chosen, so that there is nothing to compare with: lower learning_rates."
+        )
+        return
+    if not np.isfinite(change[0]).all():
+        zero = np.flatnonzero(it.at_best()[0].mean(axis=0) == 0)
+        yield (
+            f"{it.metrics[zero[0]]} of the plain sum is 0, so that there is no relative"
+            " change: report another metric, such as an error for an accuracy."
         )
         return
     if num_seeds == 1:

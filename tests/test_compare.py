@@ -255,6 +255,18 @@ def test_verdict():
     assert "ahead" not in text
 
 
+def test_metric_that_is_zero():
+    """It takes part in the choice, and the verdict says what is missing."""
+    result = made_up({"sum": 0, "w": 0, "x": -9})
+    values = result.values - 100
+    values = np.concatenate([values + 1, values], axis=1)  # The second rate is better.
+    result = result._replace(
+        values=values, selection=values, learning_rates=np.array([0.1, 0.2])
+    )
+    assert result.chosen().tolist() == [1, 1, 1]
+    assert "error of the plain sum is 0" in result.verdict()
+
+
 def test_table():
     table = made_up({"sum": [-1, 0, 1], "w": 50, "x": [-2, -1, 0]}).table().splitlines()
     assert [row.split("|")[1].strip() for row in table[2:]] == [
