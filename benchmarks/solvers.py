@@ -1,7 +1,7 @@
 """Time of the weights of many tasks, from a ready Gram matrix.
 
     python -m benchmarks.solvers            # some minutes
-    python -m benchmarks.solvers --num-tasks 256 --kinds dependent upgrad mgda
+    python -m benchmarks.solvers upgrad mgda --num-tasks 256 --kinds dependent
 
 Every method that reads the Gram matrix alone, or the methods named, with random
 gradients in 2 T dimensions, and dependent ones in T / 4, among which zero is a convex
