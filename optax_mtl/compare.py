@@ -122,6 +122,7 @@ def compare(
     arguments.check_count("num_steps", num_steps)
     arguments.check_count("weightings", weightings, least=0)
     arguments.check_count("chunk", chunk, optional=True)
+    arguments.check_choice("single_task", single_task, (True, False))
     arguments.check_choice("update_budget", update_budget, ("steps", "flops"))
     arguments.check_range("learning_rates", learning_rates, "(0, inf)")
     rates = np.asarray(learning_rates, np.float32).reshape(-1)
@@ -173,6 +174,7 @@ def compare(
         lengths = [max(1, round(num_steps * costs[0] / cost)) for cost in costs]
     num_points = min(NUM_POINTS, *lengths)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    # The gradients of the tasks; parameters, state, gradient and updates about once.
     chunk = chunk or max(1, MAX_BYTES // ((num_tasks + 6) * size))
     all_seeds = np.arange(seeds if on_split else 2 * seeds)
     measured = [evaluate] if select is None else [evaluate, select]
@@ -218,6 +220,7 @@ def compare(
         maximise=(maximise,) if isinstance(maximise, str) else tuple(maximise),
         learning_rates=rates,
         weightings=weights,
+        single_task=single_task,
         values=values,
         selection=selection,
         losses=history[:, :, :seeds],
@@ -274,9 +277,8 @@ def _trainer(racer, batch_fn, optimizer, programs, bounds):
 
     def train(rates, seeds, weights):
         carry = begin(programs.init(seeds), rates)
-        carry, _ = advance(
-            carry, bounds[0], bounds[0], rates, seeds, weights
-        )  # Compiles.
+        # No step: compiles, so that the clock sees steps alone.
+        carry, _ = advance(carry, bounds[0], bounds[0], rates, seeds, weights)
         history, seconds = [], 0.0
         for start, end in itertools.pairwise(bounds):
             cosine = programs.cosine(carry[0], seeds, start)

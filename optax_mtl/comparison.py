@@ -20,7 +20,8 @@ class Comparison(NamedTuple):
     metrics: tuple[str, ...]  # Names of the K metrics.
     maximise: tuple[str, ...]  # Those of which more is better.
     learning_rates: np.ndarray  # Shape (R,).
-    weightings: np.ndarray  # Of the sum and the static weightings, shape (W + 1, T).
+    weightings: np.ndarray  # Of the first W + 1 rows, sum included, shape (W + 1, T).
+    single_task: bool  # Whether the T rows after these are tasks alone.
     values: np.ndarray  # What is reported, shape (M, R, S, K).
     selection: np.ndarray  # What the choice is made on, shape (M, R, Z, K).
     losses: np.ndarray  # Means over stretches of training, shape (M, R, S, P, T).
@@ -48,9 +49,7 @@ class Comparison(NamedTuple):
 
     def racers(self) -> list[int]:
         """The rows of the methods, without sums and single tasks."""
-        rivals = ("weighting ", "only ")
-        names = enumerate(self.methods)
-        return [i for i, x in names if x != "sum" and not x.startswith(rivals)]
+        return list(range(len(self.methods)))[self._alone().stop :]
 
     def frontier(self) -> np.ndarray:
         """Mean metrics of the static weightings at their rates, shape (W + 1, K)."""
@@ -66,6 +65,11 @@ class Comparison(NamedTuple):
 
     def __repr__(self):
         return f"{self.table()}\n\n{self.verdict()}"
+
+    def _alone(self):
+        """The rows of the single tasks."""
+        start = len(self.weightings)
+        return range(start, start + len(self.tasks) * self.single_task)
 
     def _signs(self):
         return scores.signs_of(self.metrics, self.maximise)
@@ -122,7 +126,7 @@ def _with_spread(values, form=".4g"):
 
 def _single_task(it):
     """Each metric by the task alone that selection finds best at it; or None."""
-    rows = [i for i, name in enumerate(it.methods) if name.startswith("only ")]
+    rows = list(it._alone())
     if not rows:
         return None
     score = it._signs() * it.selection[rows].mean(axis=2)

@@ -71,12 +71,11 @@ def compare(result: Comparison, axes: Any = None) -> Any:
     sensitivity.set(
         xscale="log", xlabel="learning rate", ylabel="Δm %, lower is better"
     )
-    if np.nanmax(np.abs(change)) > 100:
+    if np.max(np.abs(change), where=np.isfinite(change), initial=0) > 100:
         sensitivity.set_yscale("symlog", linthresh=10)
 
-    steps = (np.arange(result.min_cosines.shape[-1]) + 0.5) / result.min_cosines.shape[
-        -1
-    ]
+    num_points = result.min_cosines.shape[-1]
+    steps = np.arange(num_points) / num_points  # Measured where a stretch begins.
     for i, style in styles.items():
         cosine = result.min_cosines[i, chosen[i]].mean(axis=0)
         conflict.plot(steps, cosine, markersize=3, **style)

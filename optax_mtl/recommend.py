@@ -4,8 +4,9 @@ import numpy as np
 
 from optax_mtl import arguments, measures
 
-MIN_COSINE = -0.05  # Above, noise of the batch explains it.
-FAR_APART = 3.0  # Ratio of norms from which the larger task decides the direction.
+# Rules of thumb, not results.
+MIN_COSINE = -0.05  # Tasks count as opposed below.
+FAR_APART = 3.0  # Ratio of norms from which the larger task counts as dominant.
 
 
 def recommend(report: measures.Conflicts, num_params: int | None = None) -> str:

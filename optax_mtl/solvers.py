@@ -504,11 +504,11 @@ def power_of_two(x):
 def _admm(Q, q, lower, allowed):
     """Minimises x'Qx/2 - q'x over x >= lower by ADMM: x, and its relative violation.
 
-    As in OSQP (Stellato et al., 2020), with its rule for the penalty. It cannot
-    diverge; and as only Q is factorised, problems that share Q share that under vmap,
-    and their iterations are products of matrices. Every few of them start again from
-    an accurate gradient, and in between only the changes are computed, so that x has
-    more digits than the working precision.
+    As in OSQP (Stellato et al., 2020), with its rule for the penalty. As only Q is
+    factorised, problems that share Q share that under vmap, and their iterations are
+    products of matrices. Every few of them start again from an accurate gradient, and
+    in between only the changes are computed, so that x has more digits than the working
+    precision. For Q that is indefinite by more than rounding errors, x is ``lower``.
     """
     eps, relaxation = jnp.finfo(Q.dtype).eps, 1.6
     values, vectors = jnp.linalg.eigh(Q, symmetrize_input=False)

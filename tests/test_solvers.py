@@ -403,7 +403,9 @@ def test_128_tasks():
         J = np.random.default_rng(0).normal(size=(128, rank)).astype(np.float32)
         v = project(J @ J.T, lower)
         for i in range(3):
+            # 32 rounding errors: what such a Gram matrix determines.
             assert dual_cone_residual(J @ J.T, lower[i], v[i]) < 4e-6
+        # Zero but for the root of a rounding error: zero is a convex combination.
         lengths = np.linalg.norm(v @ J, axis=1)
         assert np.all(lengths < 1e-3 * np.linalg.norm(J[:3], axis=1))
     w = simplex_qp(gram)
