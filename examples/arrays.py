@@ -1,5 +1,6 @@
-"""Arrays from files of users, who are told what is wrong with them."""
+"""Arrays in files; users are told what is wrong with theirs."""
 
+import io
 import pathlib
 import zipfile
 import zlib
@@ -7,7 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
+from examples import runs
 from examples.flags import UserError
 
 
@@ -40,3 +43,16 @@ def first_of(
         if name in arrays:
             return arrays[name]
     raise UserError(f"{flag} {file} has {sorted(arrays)}, but none of {list(names)}")
+
+
+def save(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an NPZ file beside the old one, which is whole until the new one is."""
+    written = io.BytesIO()
+    np.savez(written, **arrays)
+    runs.replace(file, written.getvalue())
+
+
+def by_name(state: nnx.State) -> dict[str, np.ndarray]:
+    """The arrays of a state, with the parts of their paths joined by dots."""
+    flat = nnx.to_flat_state(state)
+    return {".".join(map(str, path)): np.asarray(x[...]) for path, x in flat}

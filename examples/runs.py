@@ -24,11 +24,11 @@ from examples.flags import UserError
 from examples.progress import say
 
 
-def replace(file: pathlib.Path, text: str) -> None:
+def replace(file: pathlib.Path, content: str | bytes) -> None:
     """Writes a file beside the old one, which is whole until the new one is."""
     beside = file.with_name(file.name + ".new")
-    with _named(beside), beside.open("w", newline="") as opened:
-        opened.write(text)
+    with _named(beside), beside.open("wb") as opened:
+        opened.write(content.encode() if isinstance(content, str) else content)
         opened.flush()
         os.fsync(opened.fileno())
     os.replace(beside, file)

@@ -19,7 +19,7 @@ from examples import arrays, progress, runs
 from examples.flags import Number, UserError, run_program
 from examples.gcd import config as gcd
 from examples.gcd import data as gcd_data
-from examples.gcd import model as gcd_model
+from examples.gcd import weights as gcd_weights
 from examples.quickstart import config as quickstart
 from examples.quickstart import data as quickstart_data
 from examples.ssl import config as ssl
@@ -318,7 +318,7 @@ def test_a_file_that_is_not_npz(kind, tmp_path):
 def test_weights_and_pickles_that_are_none(tmp_path):
     (tmp_path / "a.safetensors").write_text("some words, but more than eight bytes")
     with pytest.raises(ValueError, match=r"a\.safetensors: not a safetensors file"):
-        gcd_model.load_backbone_weights(None, str(tmp_path / "a.safetensors"))
+        gcd_weights.load(None, str(tmp_path / "a.safetensors"))
     (tmp_path / "train").write_text("some words")
     with pytest.raises(ValueError, match="train: not a pickle of CIFAR"):
         gcd_data.load(str(tmp_path))

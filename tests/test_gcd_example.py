@@ -22,7 +22,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from examples import runs
-from examples.gcd import data, model, objective, report, train
+from examples.gcd import data, model, objective, report, train, weights
 from examples.gcd.config import Config, parse
 from tests.common import flops
 
@@ -190,8 +190,8 @@ def test_half_of_a_batch_is_labelled():
 
 def test_views_are_random_and_keep_the_shape():
     images = jnp.asarray(data.load("digits")[0][:4])
-    first = data.view(jax.random.key(0), images, flip=True, jitter=0.2)
-    second = data.view(jax.random.key(1), images, flip=True, jitter=0.2)
+    first = data.view(jax.random.key(0), images, Config(flip=True))
+    second = data.view(jax.random.key(1), images, Config(flip=True))
     assert first.shape == images.shape
     assert (jnp.abs(first - second).max((1, 2, 3)) > 0.05).all()
     assert jnp.abs(first).max() <= 1
@@ -340,7 +340,7 @@ def test_weights_file_gives_the_features_of_dino(layout, suffix, tmp_path):
         save_file({k: np.ascontiguousarray(v) for k, v in stored.items()}, path)
     preset = PRESET._replace(layer_scale="dinov2" in layout)
     backbone = model.ViT(preset, (8, 8, 3), jnp.float32, nnx.Rngs(0))
-    model.load_backbone_weights(backbone, str(path))
+    weights.load(backbone, str(path))
     images = np.random.default_rng(1).normal(size=(3, 8, 8, 3)).astype(np.float32)
     expected = numpy_vit(tensors, images, preset)
     actual = jax.jit(lambda x: backbone(x))(images)
@@ -351,7 +351,7 @@ def test_positions_are_resized_to_the_grid(tmp_path):
     tensors = weights_file("dino", grid=4)
     np.savez(tmp_path / "weights.npz", **tensors)
     backbone = model.ViT(PRESET, (8, 8, 3), jnp.float32, nnx.Rngs(0))
-    model.load_backbone_weights(backbone, str(tmp_path / "weights.npz"))
+    weights.load(backbone, str(tmp_path / "weights.npz"))
     assert backbone.pos_embed.shape == (1, 5, 16)
     np.testing.assert_array_equal(backbone.pos_embed[0, 0], tensors["pos_embed"][0, 0])
 
@@ -380,17 +380,17 @@ def test_weights_file_that_does_not_fit(change, message, tmp_path):
     np.savez(tmp_path / "weights.npz", **tensors)
     backbone = model.ViT(PRESET, (8, 8, 3), jnp.float32, nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
-        model.load_backbone_weights(backbone, str(tmp_path / "weights.npz"))
+        weights.load(backbone, str(tmp_path / "weights.npz"))
 
 
 def test_weights_file_of_another_kind(tmp_path):
     backbone = model.ViT(PRESET, (8, 8, 3), jnp.float32, nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"\.safetensors or \.npz"):
-        model.load_backbone_weights(backbone, str(tmp_path / "weights.pth"))
+        weights.load(backbone, str(tmp_path / "weights.pth"))
     np.savez(tmp_path / "weights.npz", **weights_file("dino"))
     mlp = model.MLPNet(model.PRESETS["mlp"], (8, 8, 1), jnp.float32, nnx.Rngs(0))
     with pytest.raises(ValueError, match="for a ViT, not a MLPNet"):
-        model.load_backbone_weights(mlp, str(tmp_path / "weights.npz"))
+        weights.load(mlp, str(tmp_path / "weights.npz"))
 
 
 def test_published_sizes():

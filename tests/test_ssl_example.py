@@ -18,6 +18,8 @@ from flax import nnx
 from skimage.metrics import structural_similarity
 
 from examples import runs
+from examples.gcd import model as gcd_model
+from examples.gcd import weights
 from examples.ssl import config as config_lib
 from examples.ssl import data, measure, model, train
 
@@ -73,6 +75,21 @@ def gcond_run(file, tiny_encoders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gcond")
     train.main([*flags, "--out", str(folder)])
     return flags, folder
+
+
+def test_category_discovery_reads_the_encoder(gcond_run, file):
+    """The weights of the last step, for images normalised as the discovery's are."""
+    flags, folder = gcond_run
+    preset = gcd_model.Preset("convnext", 4, 2, encoder="convnext")
+    backbone = gcd_model.make_backbone(preset, (8, 8, 1), jnp.float32, nnx.Rngs(0))
+    weights.load(backbone, str(folder / "encoder.npz"))
+    with runs.open_checkpoints(folder) as saved:
+        state = saved.restore(saved.latest_step(), args=ocp.args.StandardRestore())
+    kept = state["params"]["encoder"]["norm"]["scale"]["value"]
+    np.testing.assert_array_equal(backbone.norm.scale[...], kept)
+    written = np.load(folder / "encoder.npz")["statistics"]
+    statistics = data.load(config_lib.parse(flags)).statistics()
+    np.testing.assert_allclose(written, np.array(statistics), rtol=1e-6)
 
 
 def test_what_a_run_leaves(gcond_run):
@@ -252,8 +269,8 @@ def test_patches_and_back():
 @pytest.mark.parametrize(
     "name, encoder, count",
     [
-        ("mobilenet_v3_small", model._MobileNet, 2_542_856 - 590_848 - 1_025_000),
-        ("convnext_v2_tiny", model._ConvNeXt, 28_635_496 - 769_000),
+        ("mobilenet_v3_small", model.MobileNetEncoder, 2_542_856 - 590_848 - 1_025_000),
+        ("convnext_v2_tiny", model.ConvNeXtEncoder, 28_635_496 - 769_000),
     ],
 )
 def test_published_encoders_have_their_size(name, encoder, count):

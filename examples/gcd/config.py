@@ -43,11 +43,18 @@ class Config:
     jitter: float = setting(
         0.2, "of brightness and contrast", Number(float, least=0, most=1)
     )
+    warp: float = setting(
+        0.0, "turn, stretch and bend images", Number(float, least=0, most=1)
+    )
+    strokes: float = setting(
+        0.0, "thicken and thin strokes: for characters", Number(float, least=0, most=1)
+    )
 
     # Model.
     preset: str = setting("tiny", "of backbone and heads", choices=tuple(PRESETS))
     backbone_weights: str = setting(
-        "", "DINO or DINOv2: FILE.safetensors or FILE.npz; by default none"
+        "",
+        "FILE.safetensors or FILE.npz: of DINO, DINOv2, --pretrain or examples.ssl",
     )
     trainable: str = setting(
         "all", "blocks of the backbone that train", choices=("all", "last")
@@ -56,6 +63,21 @@ class Config:
         "float32",
         "of the computation; bfloat16 for TPU and GPU",
         choices=("float32", "bfloat16"),
+    )
+
+    # Stage 0: the backbone learns all images without labels.
+    pretrain: str = setting(
+        "none", "ssl: contrast views of the images", choices=("none", "ssl")
+    )
+    pretrain_epochs: int = setting(20, "of pretraining", whole(1))
+    pretrain_batch_size: int = setting(
+        256, "images in a step, each in two views", whole(2)
+    )
+    pretrain_lr: float = setting(
+        1e-3, "its peak learning rate, of AdamW", Number(float, above=0)
+    )
+    pretrain_temperature: float = setting(
+        0.5, "of the contrast", Number(float, above=0)
     )
 
     # Stage 1: reference model on the labelled set.

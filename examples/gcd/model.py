@@ -1,29 +1,28 @@
-"""Vision transformer, ConvNet or MLP with the heads of SimGCD, in Flax NNX."""
+"""Vision transformer, ConvNets or MLP with the heads of SimGCD, in Flax NNX."""
 
 import itertools
 import math
-import pathlib
-import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from examples import arrays
 from examples.flags import UserError
+from examples.ssl.model import ENCODERS, ConvNeXtEncoder
 
 
 class Preset(NamedTuple):
     """Sizes of a backbone and of its heads."""
 
-    trunk: str  # vit, convnet or mlp.
+    trunk: str  # A name in TRUNKS.
     width: int
     depth: int
     patch: int = 0  # Of a ViT, as the number of heads.
     num_heads: int = 0
     layer_scale: bool = False
+    pooled: bool = True  # Whether a ConvNet averages over places.
+    encoder: str = ""  # Of examples.ssl.
     hidden: int = 2048  # Of the projector.
     projection: int = 256
 
@@ -33,6 +32,14 @@ PRESETS = {
     "mini": Preset("vit", 96, 2, 7, 4, hidden=256, projection=64),  # 28 x 28,
     "small": Preset("vit", 128, 4, 8, 4, hidden=512, projection=128),  # 32 to 64.
     "convnet": Preset("convnet", 64, 3, hidden=256, projection=64),  # For any size.
+    # Its last block knows places: for 28 to 64 pixels, where pretraining needs them.
+    "lenet": Preset("convnet", 64, 4, pooled=False, hidden=256, projection=64),
+    "convnext_micro": Preset(
+        "convnext", 48, 6, encoder="convnext_micro", hidden=256, projection=64
+    ),
+    "convnext_mini": Preset(
+        "convnext", 96, 11, encoder="convnext_mini", hidden=512, projection=128
+    ),
     "mlp": Preset("mlp", 64, 2, hidden=128, projection=64),  # The fastest.
     "vit_s16": Preset("vit", 384, 12, 16, 6),  # DINO, for 224 x 224.
     "vit_b16": Preset("vit", 768, 12, 16, 12),
@@ -138,13 +145,28 @@ class ConvBlock(nnx.Module):
         return nnx.gelu(self.norm(self.conv(x)))
 
 
+class Places(nnx.Module):
+    """A linear layer of all places."""
+
+    def __init__(self, inputs: int, outputs: int, dtype, rngs: nnx.Rngs):
+        self.linear = _linear(inputs, outputs, dtype, rngs)
+
+    def __call__(self, x):
+        return self.linear(x.reshape(len(x), 1, 1, -1))
+
+
 class ConvNet(nnx.Module):
-    """Feature of an image: the average over places, normalised."""
+    """Feature of an image: the average over places, or of all places, normalised."""
 
     def __init__(self, preset: Preset, shape, dtype, rngs: nnx.Rngs):
-        widths = [preset.width // 2**i for i in reversed(range(preset.depth))]
+        depth = preset.depth - (not preset.pooled)
+        widths = [preset.width // 2**i for i in reversed(range(depth))]
         pairs = zip([shape[-1], *widths[:-1]], widths)
-        self.blocks = nnx.List([ConvBlock(*pair, dtype, rngs) for pair in pairs])
+        blocks = [ConvBlock(*pair, dtype, rngs) for pair in pairs]
+        if not preset.pooled:
+            places = math.prod(-(-size // 2**depth) for size in shape[:2])
+            blocks += [Places(places * widths[-1], preset.width, dtype, rngs)]
+        self.blocks = nnx.List(blocks)
         self.norm = _norm(preset.width, dtype, rngs)
 
     def __call__(self, images):
@@ -152,6 +174,26 @@ class ConvNet(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x.mean((1, 2))).astype(jnp.float32)
+
+
+class ConvNeXt(nnx.Module):
+    """Feature of an image: the average over places of an encoder of examples.ssl."""
+
+    def __init__(self, preset: Preset, shape, dtype, rngs: nnx.Rngs):
+        sizes = ENCODERS[preset.encoder]
+        if shape[0] % sizes.patch or shape[1] % sizes.patch:
+            raise UserError(
+                f"images of {shape[0]} x {shape[1]} do not divide into the patches of "
+                f"{preset.encoder}: set --image-size to a multiple of {sizes.patch}"
+            )
+        encoder = ConvNeXtEncoder(sizes, shape[-1], dtype, rngs)
+        self.blocks, self.norm = encoder.layers, encoder.norm
+
+    def __call__(self, images):
+        x = images
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).mean((1, 2)).astype(jnp.float32)
 
 
 class Dense(nnx.Module):
@@ -183,7 +225,7 @@ class MLPNet(nnx.Module):
         return self.norm(x).astype(jnp.float32)
 
 
-TRUNKS = {"vit": ViT, "convnet": ConvNet, "mlp": MLPNet}
+TRUNKS = {"vit": ViT, "convnet": ConvNet, "convnext": ConvNeXt, "mlp": MLPNet}
 
 
 class CosineClassifier(nnx.Module):
@@ -248,120 +290,6 @@ def normalize(x: jax.Array) -> jax.Array:
     """Rows of length one; a zero row stays zero, with a finite gradient."""
     norm2 = jnp.sum(x * x, -1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.where(norm2 == 0, 1, norm2))
-
-
-def load_backbone_weights(backbone: ViT, file: str) -> None:
-    """Fills a ViT with DINO or DINOv2 weights, of the original or Hugging Face layout.
-
-    Args:
-      backbone: the model to fill; the position table is resized to its grid.
-      file: `.safetensors`, or `.npz` with the same names.
-
-    Raises:
-      ValueError: naming the tensor that is missing, left over or of another shape.
-    """
-    suffix = pathlib.Path(file).suffix
-    if suffix == ".npz":
-        tensors = arrays.load("--backbone-weights", file)
-    elif suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise UserError(
-                f"--backbone-weights {file}: not a safetensors file ({error})"
-            ) from error
-    else:
-        raise UserError(f"--backbone-weights {file}: .safetensors or .npz is expected")
-    if not isinstance(backbone, ViT):
-        raise UserError(
-            f"{file}: weights are for a ViT, not a {type(backbone).__name__}"
-        )
-
-    tensors = _to_original_layout(tensors)
-    params = nnx.state(backbone, nnx.Param)
-    filled = []
-    for path_, value in nnx.to_flat_state(params):
-        name, convert = _source(path_)
-        if name not in tensors:
-            raise UserError(f"{file}: the tensor {name} is missing")
-        tensor = convert(np.asarray(tensors.pop(name), np.float32))
-        if name == "pos_embed":
-            tensor = _resize_positions(tensor, value.shape[1])
-        if tensor.shape != value.shape:
-            raise UserError(
-                f"{file}: {name} becomes {tensor.shape}, but the model needs "
-                f"{value.shape}: choose the --preset of these weights"
-            )
-        filled.append((path_, value.replace(jnp.asarray(tensor))))
-    if tensors:
-        raise UserError(
-            f"{file}: the model has no place for {', '.join(sorted(tensors)[:5])}"
-        )
-    nnx.update(backbone, nnx.from_flat_state(filled))
-
-
-# From the names of Hugging Face (ViTModel, Dinov2Model) to DINO's own, in this order.
-_RENAMES = [
-    (r"^(module|model|backbone|vit|dinov2)\.", ""),
-    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"attention\.output\.dense", "attn.proj"),
-    (r"attention\.attention\.(query|key|value)", r"attn.\1"),
-    (r"intermediate\.dense", "mlp.fc1"),
-    (r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2"),
-    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
-    (r"^layernorm\.", "norm."),
-]
-_UNUSED = re.compile(r"^(mask_token$|head\.|pooler\.)")
-
-
-def _to_original_layout(tensors):
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if not _UNUSED.match(name):
-            renamed[name] = tensor
-    for name in [name for name in renamed if "attn.query." in name]:
-        parts = [name.replace("query", part) for part in ("query", "key", "value")]
-        if all(part in renamed for part in parts):
-            joined = np.concatenate([renamed.pop(part) for part in parts])
-            renamed[name.replace("query", "qkv")] = joined
-    return renamed
-
-
-def _source(path):
-    """Name of a parameter in the file, and how to convert it."""
-    name = ".".join(map(str, path))
-    if name == "patch_embed.kernel":  # From (width, channels, patch, patch).
-        flatten = lambda t: t.transpose(2, 3, 1, 0).reshape(-1, len(t))
-        return "patch_embed.proj.weight", flatten
-    if name.endswith(".kernel"):
-        return name.removesuffix("kernel") + "weight", np.transpose
-    name = name.replace("patch_embed.", "patch_embed.proj.")
-    return re.sub(r"\.scale$", ".weight", name), lambda t: t
-
-
-def _resize_positions(table, num_tokens):
-    """Bicubic resizing of the position table, apart from the class token's row."""
-    if table.shape[1] == num_tokens:
-        return table
-    old, new = (round((n - 1) ** 0.5) for n in (table.shape[1], num_tokens))
-    if new**2 + 1 != num_tokens or old**2 + 1 != table.shape[1]:
-        raise UserError(
-            f"pos_embed has {table.shape[1]} rows and the model needs {num_tokens}: "
-            "both must be a square grid and the class token"
-        )
-    grid = table[:, 1:].reshape(1, old, old, -1)
-    grid = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "cubic")
-    return np.concatenate([table[:, :1], grid.reshape(1, new**2, -1)], 1)
 
 
 def _linear(inputs, outputs, dtype, rngs):

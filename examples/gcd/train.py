@@ -4,7 +4,8 @@
 
 takes about a minute on a CPU; results are in README.md. Three stages: a reference
 model learns the labelled images; its features give the conceptor of the known
-classes; a model that starts from it learns all images.
+classes; a model that starts from it learns all images. Before them, on request, the
+backbone learns all images without labels.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ import optax_mtl
 from examples import runs
 from examples.flags import run_program
 from examples.gcd import config as config_lib
-from examples.gcd import data, model, objective, report
+from examples.gcd import data, model, objective, pretrain, report, weights
 from examples.gcd.config import COORDINATED, Config
 from examples.progress import bar, say
 
@@ -88,8 +89,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     experiment = make_experiment(config, split)
     with runs.open_checkpoints(out) as saved:
         last = saved.latest_step()
-        runs.check_settings(out, config, last)
+        started_at = pretrain.last_epoch(config, out) if last is None else last
+        runs.check_settings(out, config, started_at)
         if last is None:
+            if config.pretrain == "ssl":
+                pretrain.fit(config, reference.backbone, images.images, out)
             train_reference(config, reference, images)
         backbone = nnx.state(reference.backbone)
         state, frozen = start(config, experiment, split, backbone)
@@ -108,7 +112,7 @@ def prepare(config: Config) -> tuple[data.Split, Images]:
     """Loads the data, draws the labelled set and moves all to the device."""
     images, labels = data.load(config.data)
     if config.backbone_weights and images.shape[-1] == 1:
-        images = np.repeat(images, 3, axis=-1)  # Those backbones saw colour.
+        images = np.repeat(images, weights.channels(config.backbone_weights), axis=-1)
     split = data.make_split(images, labels, config)
     is_labelled = np.zeros(len(split.labels), bool)
     is_labelled[split.labelled] = True
@@ -122,7 +126,7 @@ def make_reference(config: Config, split: data.Split) -> model.Reference:
     preset, shape, dtype = _sizes(config, split)
     reference = model.Reference(preset, shape, split.num_known, dtype, config.seed)
     if config.backbone_weights:
-        model.load_backbone_weights(reference.backbone, config.backbone_weights)
+        weights.load(reference.backbone, config.backbone_weights)
     return reference
 
 
@@ -169,7 +173,7 @@ def _reference_steps(config, graph, num_labelled):
             order, number % steps_per_epoch * batch_size, batch_size
         )
         view_key = jax.random.fold_in(view_key, number)
-        x = _two_views(config, view_key, images.images[rows])
+        x = data.two_views(view_key, images.images[rows], config)
         labels = jnp.tile(images.labels[rows], 2)
 
         def loss_fn(params):
@@ -269,7 +273,7 @@ def _make_experiment(config, shape, num_classes):
         rows = data.draw(
             draw_key, images.labelled, images.unlabelled, config.batch_size
         )
-        x = _two_views(config, view_key, images.images[rows])
+        x = data.two_views(view_key, images.images[rows], config)
         labels = jnp.tile(images.labels[rows], 2)
         labelled = jnp.tile(images.is_labelled[rows], 2)
         temperature = objective.teacher_temperature(
@@ -467,13 +471,6 @@ def summarize(out: pathlib.Path) -> dict[str, float]:
     results |= {name: report.mean_of(steps, name) for name in ("gdc", "soc")}
     runs.replace(out / "result.json", json.dumps(results, indent=2) + "\n")
     return results
-
-
-def _two_views(config, key, images):
-    views = [
-        data.view(k, images, config.flip, config.jitter) for k in jax.random.split(key)
-    ]
-    return jnp.concatenate(views)
 
 
 def _method(name):

@@ -98,7 +98,7 @@ class MaskedAutoencoder(nnx.Module):
         self.num_masked = num_masked(config)
         self.third_task = config.third_task
         self.statistics = (tuple(mean.tolist()), tuple(std.tolist()))
-        encoder = _MobileNet if isinstance(preset, MobileNet) else _ConvNeXt
+        encoder = MobileNetEncoder if isinstance(preset, MobileNet) else ConvNeXtEncoder
         self.encoder = encoder(preset, channels, dtype, rngs)
         self.decoder = _Decoder(config, preset, channels, dtype, rngs)
         outputs = {"contrastive": 64, "classification": num_classes}
@@ -292,7 +292,9 @@ def _shift_and_add(x, kernel, strides, padding, **_):
     )
 
 
-class _MobileNet(nnx.Module):
+class MobileNetEncoder(nnx.Module):
+    """Features of the patches of an image, shape `(B, rows, columns, width)`."""
+
     def __init__(self, preset, channels, dtype, rngs):
         self.stem = _ConvNorm(channels, preset.stem, 3, 2, False, dtype, rngs)
         width, blocks = preset.stem, []
@@ -363,7 +365,9 @@ class _Squeeze(nnx.Module):
         return x * jax.nn.hard_sigmoid(self.expand(gate))
 
 
-class _ConvNeXt(nnx.Module):
+class ConvNeXtEncoder(nnx.Module):
+    """Features of the patches of an image, shape `(B, rows, columns, width)`."""
+
     def __init__(self, preset, channels, dtype, rngs):
         layers, width, stride = [], channels, preset.stem
         for out, depth in zip(preset.widths, preset.depths, strict=True):

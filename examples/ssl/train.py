@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_mtl
-from examples import runs
+from examples import arrays, runs
 from examples.flags import UserError, run_program
 from examples.progress import bar, say
 from examples.ssl import config as config_lib
@@ -72,6 +72,10 @@ def run(
     pictures = {"seen": seen, "made": made, "original": original}
     report.plot_reconstructions(folder, pictures, title)
     results = validate(config, experiment, images, state) | speed
+    encoder = [nnx.State(x.get("encoder", {})) for x in state[:2]]
+    tensors = arrays.by_name(nnx.merge_state(*encoder))
+    statistics = {"statistics": np.array(images.statistics())}
+    arrays.save(folder / "encoder.npz", tensors | statistics)
     runs.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
     say(_in_words(results))
     return results
