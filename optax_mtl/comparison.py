@@ -1,5 +1,6 @@
 """What a race found: arrays, a table and a verdict."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -50,6 +51,36 @@ class Comparison(NamedTuple):
     def racers(self) -> list[int]:
         """The rows of the methods, without sums and single tasks."""
         return list(range(len(self.methods)))[self._alone().stop :]
+
+    def ahead(self) -> list[int]:
+        """The methods that are ahead of the tuned sum in every seed, and by more than
+        the spread of the difference."""
+        change = self.delta_m()
+        tuned = change[self.tuned()]
+        return [i for i in self.racers() if _is_ahead(change[i], tuned)]
+
+    def tuning_curve(self) -> np.ndarray:
+        r"""Mean Δm that tuning comes to after k = 0, ..., W weightings, shape (W + 1,).
+
+        The mean over all choices of k of the W weightings, where of those and the
+        plain sum the one counts that the selection puts first:
+
+        .. math::
+
+          \sum_i \binom{W - i}{k - 1} \Delta m_i \, / \, \binom{W}{k},
+
+        with the weightings in the order of the selection.
+        """
+        score = self._selected().min(axis=1)[: len(self.weightings)]
+        order = np.argsort(score[1:], kind="stable")
+        change = self.delta_m().mean(axis=1)[1:][order]
+        change = np.where(score[1:][order] < score[0], change, 0.0)
+        count = len(order)
+        curve = [0.0]
+        for k in range(1, count + 1):
+            ways = np.array([math.comb(count - i, k - 1) for i in range(1, count + 1)])
+            curve.append(float(ways @ change / ways.sum()))
+        return np.array(curve)
 
     def frontier(self) -> np.ndarray:
         """Mean metrics of the static weightings at their rates, shape (W + 1, K)."""
@@ -158,7 +189,7 @@ def _sentences(it: Comparison) -> Iterator[str]:
             "One seed: there is no spread, so that no difference means anything; take"
             " three seeds or more."
         )
-    ahead = [i for i in it.racers() if _is_ahead(change[i], change[tuned])]
+    ahead = it.ahead()
     for i in ahead:
         difference = change[tuned] - change[i]
         yield (

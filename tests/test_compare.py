@@ -254,6 +254,29 @@ def test_verdict():
     assert "ahead" not in text
 
 
+def test_tuning_curve_is_the_mean_over_all_choices():
+    """Enumerated; of each choice and the sum counts what the selection puts first."""
+    rng = np.random.default_rng(0)
+    reported, selection = rng.normal(size=(2, 5, 1, 3, 1))
+    result = made_up({"sum": 0, "a": 0, "b": 0, "c": 0, "x": 0})
+    result = result._replace(
+        values=100 + reported,
+        selection=100 + selection,
+        weightings=np.ones((4, 2)),
+    )
+    score, change = selection.mean((1, 2, 3)), result.delta_m().mean(axis=1)
+    curve = [
+        np.mean(
+            [
+                change[min((0, *chosen), key=lambda row: score[row])]
+                for chosen in itertools.combinations((1, 2, 3), count)
+            ]
+        )
+        for count in range(4)
+    ]
+    np.testing.assert_allclose(result.tuning_curve(), curve, atol=1e-12)
+
+
 def test_metric_that_is_zero():
     """It takes part in the choice, and the verdict says what is missing."""
     result = made_up({"sum": 0, "w": 0, "x": -9})

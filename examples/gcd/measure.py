@@ -132,7 +132,7 @@ def _pretrained(results, name, folder):
         for seed in range(3):
             measure(results, title, method, rate, seed, f"{flags} {rates}")
         jax.clear_caches()
-    print_chosen(results, title)
+    print(f"\n{chosen_table(results, title)}")
 
 
 def measure(
@@ -191,22 +191,24 @@ def chosen_rate(results: pathlib.Path, title: str, method: str) -> float:
     return float(max(rows, key=lambda row: float(row["all"]))["rate"])
 
 
-def print_chosen(results: pathlib.Path, title: str) -> None:
+def chosen_table(results: pathlib.Path, title: str) -> str:
     """At the chosen rates: mean and standard deviation over seeds, in Markdown."""
-    heads = ["rate", "All", "against the sum", "Old", "New", "GDC", "SOC"]
-    print(f"\n| {' | '.join([title, *heads])} |")
-    print("|---" * (1 + len(heads)) + "|")
+    heads = [title, "rate", "All", "All - sum", "Old", "New", "GDC", "SOC"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     rows = [row for row in read(results) if row["data"] == title]
     rows = [row for row in rows if row["seed"] != str(SELECTION)]
     for method in SHORT_LIST:
         own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
         against = [
             row | {"all": float(row["all"]) - float(other["all"])}
             for row, other in zip(own, (row for row in rows if row["method"] == "sum"))
         ]
         cells = [own[0]["rate"], _cell(own, "all"), _cell(against, "all")]
         cells += [_cell(own, metric) for metric in METRICS[1:]]
-        print(f"| {' | '.join([method, *cells])} |")
+        lines.append(f"| {' | '.join([method, *cells])} |")
+    return "\n".join(lines)
 
 
 def _mean(rows, metric):
