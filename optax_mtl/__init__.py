@@ -72,19 +72,25 @@ from optax_mtl.methods.conflict.pcgrad import pcgrad as pcgrad
 from optax_mtl.methods.conflict.sdmgrad import sdmgrad as sdmgrad
 from optax_mtl.methods.conflict.upgrad import upgrad as upgrad
 from optax_mtl.methods.loss.cosmos import cosmos as cosmos
+from optax_mtl.methods.loss.cov_weighting import cov_weighting as cov_weighting
 from optax_mtl.methods.loss.dwa import dwa as dwa
 from optax_mtl.methods.loss.famo import famo as famo
 from optax_mtl.methods.loss.famo import famo_update as famo_update
 from optax_mtl.methods.loss.gls import gls as gls
+from optax_mtl.methods.loss.go4align import go4align as go4align
+from optax_mtl.methods.loss.group_dro import group_dro as group_dro
 from optax_mtl.methods.loss.igb import igb as igb
 from optax_mtl.methods.loss.imtl_l import imtl_l as imtl_l
 from optax_mtl.methods.loss.pbi import pbi as pbi
+from optax_mtl.methods.loss.relobralo import relobralo as relobralo
 from optax_mtl.methods.loss.scale_invariant import scale_invariant as scale_invariant
+from optax_mtl.methods.loss.softadapt import softadapt as softadapt
 from optax_mtl.methods.loss.stch import stch as stch
 from optax_mtl.methods.loss.uncertainty_weighting import (
     uncertainty_weighting as uncertainty_weighting,
 )
 from optax_mtl.methods.loss.uw_so import uw_so as uw_so
+from optax_mtl.methods.loss.v_rex import v_rex as v_rex
 from optax_mtl.methods.priority.bloop import bloop as bloop
 from optax_mtl.methods.priority.cosine_gating import cosine_gating as cosine_gating
 from optax_mtl.methods.priority.dynamic_barrier import (

@@ -19,11 +19,14 @@ from optax_mtl.methods.loss.cosmos import cosmos_weights as cosmos
 from optax_mtl.methods.loss.dwa import dwa_weights as dwa
 from optax_mtl.methods.loss.famo import famo_weights as famo
 from optax_mtl.methods.loss.gls import gls_weights as gls
+from optax_mtl.methods.loss.go4align import go4align_weights as go4align
+from optax_mtl.methods.loss.group_dro import group_dro_weights as group_dro
 from optax_mtl.methods.loss.igb import igb_weights as igb
 from optax_mtl.methods.loss.pbi import pbi_weights as pbi
 from optax_mtl.methods.loss.stch import stch_linear_weights as stch_linear
 from optax_mtl.methods.loss.stch import stch_weights as stch
 from optax_mtl.methods.loss.uw_so import uw_so_weights as uw_so
+from optax_mtl.methods.loss.v_rex import v_rex_weights as v_rex
 from optax_mtl.methods.priority.cosine_gating import (
     cosine_gating_weights as cosine_gating,
 )
@@ -53,7 +56,9 @@ __all__ = [
     "famo",
     "geometric_median",
     "gls",
+    "go4align",
     "gradvac",
+    "group_dro",
     "igb",
     "imtl_g",
     "inverse_norm",
@@ -70,4 +75,5 @@ __all__ = [
     "stch_linear",
     "upgrad",
     "uw_so",
+    "v_rex",
 ]

@@ -44,6 +44,11 @@ METHODS = {
     "config": {"length": ["none", 0.5, None], "preference": PREFERENCE},
     "coordinate_median": {},
     "cosine_gating": {"primary": PRIMARY, "weighted": FLAG},
+    "cov_weighting": {
+        "num_tasks": COUNT,
+        "decay": optional(DECAY),
+        "min_losses": FINITE,
+    },
     "cosmos": {"weight": AT_LEAST_0, "preference": PREFERENCE},
     "db_mtl": {
         "num_tasks": COUNT,
@@ -91,6 +96,17 @@ METHODS = {
     "geometric_median": {"num_iters": COUNT_FROM_0},
     "gls": {"min_losses": FINITE},
     "graddrop": {"leak": UNIT, "keep": [0.5, None], "key": KEY},
+    "go4align": {
+        "num_tasks": COUNT,
+        "num_groups": COUNT,
+        "step_size": AT_LEAST_0,
+        "min_losses": FINITE,
+    },
+    "group_dro": {
+        "num_tasks": COUNT,
+        "step_size": AT_LEAST_0,
+        "preference": PREFERENCE,
+    },
     "gradnorm": {
         "num_tasks": COUNT,
         "alpha": AT_LEAST_0,
@@ -148,6 +164,22 @@ METHODS = {
     "pcgrad": {"key": KEY, "order": CHOICE},
     "priority_projection": {"order": [[0, 0], [1, 2]], "mode": CHOICE},
     "random_weights": {"distribution": CHOICE, "key": KEY},
+    "relobralo": {
+        "num_tasks": COUNT,
+        "alpha": UNIT,
+        "temperature": POSITIVE,
+        "rho": UNIT,
+        "key": KEY,
+        "min_losses": FINITE,
+    },
+    "softadapt": {
+        "num_tasks": COUNT,
+        "variant": CHOICE,
+        "beta": FINITE,
+        "order": COUNT,
+        "min_losses": FINITE,
+    },
+    "v_rex": {"beta": AT_LEAST_0},
     "sam_gs": {
         "num_tasks": COUNT,
         "b1": DECAY,

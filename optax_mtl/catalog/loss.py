@@ -3,16 +3,22 @@
 from optax_mtl.catalog.entry import Entry, row
 from optax_mtl.methods.loss import (
     cosmos,
+    cov_weighting,
     dwa,
     famo,
     gls,
+    go4align,
+    group_dro,
     igb,
     imtl_l,
     pbi,
+    relobralo,
     scale_invariant,
+    softadapt,
     stch,
     uncertainty_weighting,
     uw_so,
+    v_rex,
 )
 
 ROWS: dict[str, Entry] = {
@@ -148,6 +154,78 @@ ROWS: dict[str, Entry] = {
         ),
         reads="losses",
         scale="mean",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "cov_weighting": row(
+        cov_weighting.cov_weighting,
+        (
+            "Multi-Loss Weighting with Coefficient of Variations",
+            "WACV 2021",
+            "https://arxiv.org/abs/2009.01717",
+        ),
+        reads="losses",
+        scale="mean",
+        state="tasks",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "relobralo": row(
+        relobralo.relobralo,
+        (
+            "Multi-Objective Loss Balancing for Physics-Informed Deep Learning",
+            "2021",
+            "https://arxiv.org/abs/2110.09813",
+        ),
+        reads="losses",
+        scale="sum",
+        state="tasks",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "softadapt": row(
+        softadapt.softadapt,
+        (
+            "SoftAdapt: Techniques for Adaptive Loss Weighting of Neural"
+            " Networks with Multi-Part Loss Functions",
+            "2019",
+            "https://arxiv.org/abs/1912.12355",
+        ),
+        reads="losses",
+        scale="sum",
+        state="tasks",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "group_dro": row(
+        group_dro.group_dro,
+        (
+            "Distributionally Robust Neural Networks for Group Shifts",
+            "ICLR 2020",
+            "https://arxiv.org/abs/1911.08731",
+        ),
+        reads="losses",
+        scale="mean",
+        state="tasks",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "v_rex": row(
+        v_rex.v_rex,
+        (
+            "Out-of-Distribution Generalization via Risk Extrapolation (REx)",
+            "ICML 2021",
+            "https://arxiv.org/abs/2003.00688",
+        ),
+        reads="losses",
+        scale="mean",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "go4align": row(
+        go4align.go4align,
+        (
+            "GO4Align: Group Optimization for Multi-Task Alignment",
+            "NeurIPS 2024",
+            "https://arxiv.org/abs/2404.06486",
+        ),
+        reads="losses",
+        scale="own",
+        state="tasks",
         promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
     ),
 }
