@@ -15,7 +15,7 @@ BOUNDS = np.array([-1.0, -2.0, 0.5])
 ABOVE = NEGATIVE - BOUNDS  # 3, 1.5 and 0.5.
 
 # Their own objectives give losses of either sign a meaning.
-OF_EITHER_SIGN = ("cosmos", "pbi")
+OF_EITHER_SIGN = ("cosmos", "group_dro", "pbi", "v_rex")
 CASES = {
     name: (name, {})
     for name, entry in optax_mtl.METHODS.items()

@@ -72,8 +72,9 @@ def cov_weighting(
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")
 
     def init_fn():
-        zeros = jnp.zeros(num_tasks)
-        return CoVWeightingState(jnp.zeros(num_tasks, jnp.int32), zeros, zeros, zeros)
+        zeros = lambda: jnp.zeros(num_tasks)
+        counts = jnp.zeros(num_tasks, jnp.int32)
+        return CoVWeightingState(counts, zeros(), zeros(), zeros())
 
     def step(state, losses):
         exists, first = losses != 0, state.counts == 0

@@ -127,7 +127,8 @@ def mean_of_group(values: jax.Array, exists: jax.Array, num_groups: int) -> jax.
     upto = lambda y: jnp.cumsum(y)[last] - (jnp.cumsum(y) - y)[first]
     size, total = upto(count), upto(x)
     cost = upto(x**2) - total**2 * base.reciprocal(size)
-    cost = jnp.where(first <= last, cost, jnp.inf)
+    never = 2 * jnp.sum(x**2)  # More than any grouping costs.
+    cost = jnp.where(first <= last, cost, never)
 
     def add_group(best, _):
         """Least cost of what ends at j, with one group more, and where that starts."""
@@ -135,7 +136,7 @@ def mean_of_group(values: jax.Array, exists: jax.Array, num_groups: int) -> jax.
         options = before[:, None] + cost
         return options.min(axis=0), options.argmin(axis=0)
 
-    nothing = jnp.full(len(x), jnp.inf, x.dtype)
+    nothing = jnp.full(len(x), never)
     _, starts = jax.lax.scan(add_group, nothing, length=num_groups)
 
     def mark(end, starts):

@@ -86,14 +86,13 @@ def relobralo(
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")
 
     def init_fn():
-        ones = jnp.ones(num_tasks)
         return ReLoBRaLoState(
             key=arguments.key_data(key),
             steps=jnp.zeros([], jnp.int32),
             seen=jnp.zeros(num_tasks, jnp.int32),
-            first=ones,
-            last=ones,
-            weights=ones,
+            first=jnp.ones(num_tasks),
+            last=jnp.ones(num_tasks),
+            weights=jnp.ones(num_tasks),
         )
 
     def step(state, losses):
