@@ -124,6 +124,10 @@ def test_others_follow_their_objective_whatever_the_sign(name):
         r = np.full(3, 1 / 3)
         if name == "cosmos":
             return r @ losses - r @ losses / np.linalg.norm(r) / np.linalg.norm(losses)
+        if name == "v_rex":
+            return losses.mean() + losses.var()
+        if name == "group_dro":  # Its weights are those of a soft maximum.
+            return 100 * np.log(np.exp(losses / 100).sum())
         ray = r / np.linalg.norm(r)
         return losses @ ray + 5 * np.linalg.norm(losses - losses @ ray * ray)
 
