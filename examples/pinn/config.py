@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import optax_mtl
 from examples import flags
 from examples.flags import Number, setting, whole
 from examples.pinn.problems import PROBLEMS
@@ -43,4 +44,15 @@ class Config(Setup):
 
 def parse(arguments: list[str] | None = None) -> Config:
     """Reads a :class:`Config` from the command line."""
-    return flags.parse(Config, arguments, Config.__doc__ or "")
+    return flags.parse(Config, arguments, Config.__doc__ or "", check)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for settings that do not go together."""
+    if config.method == "sum" or config.mode in ("auto", "stacked"):
+        return
+    if "gradients" in optax_mtl.METHODS[config.method].reads:
+        raise ValueError(
+            f"--mode {config.mode} does not hold the gradients of all tasks, which "
+            f"--method {config.method} reads: take auto or stacked"
+        )

@@ -8,14 +8,16 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 import optax_mtl
-from examples import flags, runs
+from examples import flags
 from examples.flags import Number, run_program, setting, whole
 from examples.pinn import model, problems
 from examples.pinn.config import Setup
 from examples.progress import say
+from optax_mtl import plots
 from optax_mtl.comparison import Comparison
 
 METHODS = ("upgrad", "config", "imtl_g", "nash_mtl", "pcgrad", "gradnorm")
@@ -33,7 +35,7 @@ class Race(Setup):
     learning_rates: tuple[float, ...] = setting(
         RATES, "of Adam, each tried with every row", Number(float, above=0)
     )
-    seeds: int = setting(3, "reported; as many more select", whole(1))
+    seeds: int = setting(3, "of each row at each rate", whole(1))
     weightings: int = setting(8, "static ones of the tuned sum", whole(0))
 
 
@@ -64,3 +66,35 @@ def race(config: Setup, methods: Sequence[str], **options) -> Comparison:
     return optax_mtl.compare(
         functions.losses, functions.init, functions.draw, methods, **chosen | options
     )
+
+
+def main(arguments: list[str] | None = None) -> Comparison:
+    """Prints the table and the verdict, and draws the race."""
+    settings = flags.parse(Race, arguments, Race.__doc__ or "", check)
+    result = race(
+        settings,
+        settings.methods,
+        learning_rates=settings.learning_rates,
+        seeds=settings.seeds,
+        weightings=settings.weightings,
+    )
+    say(f"{result.table()}\n\n{result.verdict()}")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    plots.compare(result, axes)
+    figure.suptitle(settings.problem)
+    file = pathlib.Path(settings.out) / f"race-{settings.problem}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    say(f"figure: {file}")
+    return result
+
+
+def check(settings: Race) -> None:
+    """Raises ValueError for settings that do not go together."""
+    if not settings.learning_rates:
+        raise ValueError("--learning-rates: give at least one")
+
+
+if __name__ == "__main__":
+    run_program(main)
