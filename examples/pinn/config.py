@@ -15,11 +15,11 @@ class Setup:
     """What a training run and a race have in common."""
 
     problem: str = setting("burgers", "the equations", choices=tuple(PROBLEMS))
-    points: int = setting(500, "inside, drawn anew in each step", whole(1))
-    side_points: int = setting(100, "on each side, drawn anew, too", whole(1))
+    points: int = setting(64, "inside, drawn anew in each step", whole(1))
+    side_points: int = setting(16, "on each side, drawn anew, too", whole(1))
     width: int = setting(32, "of the network's layers", whole(1))
-    depth: int = setting(4, "its hidden layers", whole(1))
-    steps: int = setting(3000, "of training", whole(1))
+    depth: int = setting(3, "its hidden layers", whole(1))
+    steps: int = setting(6000, "of training", whole(1))
     out: str = setting("runs/pinn", "folder of logs, figures and checkpoints")
 
 
@@ -38,7 +38,7 @@ class Config(Setup):
         1e-2, "of Adam at the start; a cosine takes it to 0", Number(float, above=0)
     )
     seed: int = setting(0, "of the weights and the points", whole(0))
-    eval_every: int = setting(250, "steps between evaluations, checkpoints", whole(1))
+    eval_every: int = setting(200, "steps between evaluations, checkpoints", whole(1))
     resume: bool = setting(False, "continue the run in --out")
 
 

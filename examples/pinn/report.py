@@ -11,7 +11,7 @@ from examples import runs
 from examples.pinn import problems
 from examples.pinn.problems import Problem
 
-CUTS = (0.25, 0.5, 0.75, 1.0)  # Of the second input, where outputs are drawn as lines.
+CUTS = (0.2, 0.45, 0.7, 0.95)  # Of the second input, where outputs are drawn as lines.
 
 
 def plot_curves(
@@ -19,7 +19,7 @@ def plot_curves(
 ) -> None:
     """Losses, relative errors and the smallest cosine, over the steps."""
     rows = runs.read(folder / "log.csv")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
     panels = {
         "losses": tasks,
         "relative error": [f"error_{name}" for name in problem.outputs],
@@ -38,7 +38,9 @@ def plot_curves(
             axis.axhline(0, color="gray", lw=0.5)
         else:
             axis.set_yscale("log")
-            axis.legend(frameon=False, fontsize="small")
+            axis.legend(
+                frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
+            )
     figure.suptitle(title)
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
@@ -68,7 +70,7 @@ def plot_solution(
         for axis, image, label, kind in (
             (line[0], a, f"{name}, known", {"vmin": -bound, "vmax": bound}),
             (line[1], b, f"{name}, found", {"vmin": -bound, "vmax": bound}),
-            (line[2], error, f"absolute error, {size:.2g} in all", {"vmin": 0}),
+            (line[2], error, f"absolute error ({size:.2g} of the norm)", {"vmin": 0}),
         ):
             shown = axis.imshow(
                 image.T,
