@@ -1,9 +1,11 @@
 """Physics-informed networks: solutions, losses, gradients, runs, in miniature."""
 
 import csv
+import itertools
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +249,28 @@ def test_a_race_on_two_halves_of_the_grid(tmp_path, capsys):
     # Neighbours of each other, the halves tell almost the same, but not the same.
     np.testing.assert_allclose(result.values, result.selection, rtol=0.02)
     assert (result.values != result.selection).all()
+
+
+def test_how_many_weightings_a_method_saves():
+    change = np.array([0, -40, 10, np.nan, -10, -30, 5, -60])  # In percent.
+    result = SimpleNamespace(
+        delta_m=lambda: change[:, None],
+        weightings=np.ones((5, 2)),
+        methods=("sum", *"abcd", "upgrad", "mgda", "pcgrad"),
+        racers=lambda: [5, 6, 7],
+    )
+    # By enumeration of all choices of k among four, the plain sum as a fifth.
+    static = [-40, 0, 0, -10]
+    expected = [
+        np.mean([min(tried, default=0) for tried in itertools.combinations(static, k)])
+        for k in range(5)
+    ]
+    np.testing.assert_allclose(race.best_of(result), expected)
+    assert race.weightings_saved(result) == [
+        "upgrad: as good as the best of the plain sum and 3 weightings",
+        "mgda: no better than the plain sum",
+        "pcgrad: better than the plain sum and 4 weightings",
+    ]
 
 
 def test_a_race_needs_a_rate(capsys):

@@ -5,6 +5,7 @@ python -m examples.pinn.race --problem kovasznay --methods upgrad mgda --seeds 5
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -68,6 +69,37 @@ def race(config: Setup, methods: Sequence[str], **options) -> Comparison:
     )
 
 
+def best_of(result: Comparison) -> np.ndarray:
+    """Mean change in percent that trying 0, 1, 2, ... random weightings comes to.
+
+    With the plain sum tried first; over all choices of so many of the static
+    weightings, each at its chosen rate, the mean of the best.
+    """
+    static = result.delta_m().mean(axis=1)[1 : len(result.weightings)]
+    static = np.sort(np.fmin(static, 0))  # The sum is kept where it is better.
+    count = len(static)
+    tried = range(1, count + 1)
+    ways = [[math.comb(count - i, k - 1) for i in tried] for k in tried]
+    means = [w @ static / sum(w) for w in map(np.array, ways)]
+    return np.array([0.0, *means])
+
+
+def weightings_saved(result: Comparison) -> list[str]:
+    """For each method, how many weightings one has to try to do as well."""
+    change, best = result.delta_m().mean(axis=1), best_of(result)
+    lines = []
+    for row in result.racers():
+        enough = np.flatnonzero(best <= change[row])
+        if not change[row] < 0:
+            words = "no better than the plain sum"
+        elif len(enough):
+            words = f"as good as the best of the plain sum and {enough[0]} weightings"
+        else:
+            words = f"better than the plain sum and {len(best) - 1} weightings"
+        lines.append(f"{result.methods[row]}: {words}")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> Comparison:
     """Prints the table and the verdict, and draws the race."""
     settings = flags.parse(Race, arguments, Race.__doc__ or "", check)
@@ -78,7 +110,8 @@ def main(arguments: list[str] | None = None) -> Comparison:
         seeds=settings.seeds,
         weightings=settings.weightings,
     )
-    say(f"{result.table()}\n\n{result.verdict()}")
+    say(f"{result.table()}\n\n{result.verdict()}\n")
+    say("\n".join(weightings_saved(result)))
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     plots.compare(result, axes)
     figure.suptitle(settings.problem)

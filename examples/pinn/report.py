@@ -11,7 +11,7 @@ from examples import runs
 from examples.pinn import problems
 from examples.pinn.problems import Problem
 
-CUTS = (0.2, 0.45, 0.7, 0.95)  # Of the second input, where outputs are drawn as lines.
+CUTS = (0.2, 0.45, 0.6, 0.9)  # Of the second input, where outputs are drawn as lines.
 
 
 def plot_curves(
