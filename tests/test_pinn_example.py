@@ -135,6 +135,7 @@ def test_second_derivatives_through_every_way_of_getting_gradients(problem):
     )
     ways = {
         "stacked": [by_gram, by_losses, by_gradients],
+        "auto": [by_gram],
         "leafwise": [by_gram, by_losses],
         "gram": [by_gram],  # One that reads losses has one pass in every mode.
     }
