@@ -24,9 +24,19 @@ class Problem(NamedTuple):
     sides: dict[str, tuple[int, float]]  # The input that is fixed, and at what.
     outputs: tuple[str, ...]
     losses: Callable[[Network, Points], dict[str, jax.Array]]
-    conditions: tuple[str, ...]  # The losses on sides; the others are of equations.
+    equations: tuple[str, ...]  # The losses inside, and those on the sides.
+    conditions: tuple[str, ...]
     solution: Callable[[np.ndarray], np.ndarray]  # Known, as a network.
     grid: tuple[int, int]  # How many points along each input to compare it on.
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the losses."""
+        return sorted(self.equations + self.conditions)
+
+    def weights(self, of_conditions: float) -> list[float]:
+        """Of each loss, where those on the sides are weighed by hand."""
+        return [of_conditions if x in self.conditions else 1.0 for x in self.tasks]
 
 
 def draw(problem: Problem, key: jax.Array, points: int, side_points: int) -> Points:
@@ -186,6 +196,7 @@ PROBLEMS = {
         sides={"left": (0, -1.0), "right": (0, 1.0), "start": (1, 0.0)},
         outputs=("u",),
         losses=burgers_losses,
+        equations=("equation",),
         conditions=("boundary", "start"),
         solution=burgers_solution,
         grid=(257, 101),
@@ -197,6 +208,7 @@ PROBLEMS = {
         sides=_around((-0.5, -0.5), (1.0, 1.5)),
         outputs=("u", "v", "p"),
         losses=kovasznay_losses,
+        equations=("momentum_x", "momentum_y", "mass"),
         conditions=("boundary_u", "boundary_v", "boundary_p"),
         solution=kovasznay_solution,
         grid=(101, 101),
@@ -208,6 +220,7 @@ PROBLEMS = {
         sides=_around((-1.0, -1.0), (1.0, 1.0)),
         outputs=("u",),
         losses=helmholtz_losses,
+        equations=("equation",),
         conditions=("boundary",),
         solution=helmholtz_solution,
         grid=(101, 101),

@@ -5,12 +5,15 @@ python -m examples.pinn.race --problem kovasznay --methods upgrad mgda --seeds 5
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 
 import optax_mtl
 from examples import flags
@@ -21,6 +24,7 @@ from examples.progress import say
 from optax_mtl import plots
 from optax_mtl.comparison import Comparison
 
+Method = Callable[[int], optax.GradientTransformation]  # Of the number of tasks.
 METHODS = ("upgrad", "config", "imtl_g", "nash_mtl", "pcgrad", "gradnorm")
 METHODS += ("uncertainty_weighting",)
 RATES = (3e-3, 1e-2, 3e-2)
@@ -33,6 +37,11 @@ class Race(Setup):
     methods: tuple[str, ...] = setting(
         METHODS, "names in optax_mtl.METHODS", flags.method()
     )
+    boundary_weights: tuple[float, ...] = setting(
+        (),
+        "more sums, with these weights of the losses on the sides",
+        Number(float, above=0),
+    )
     learning_rates: tuple[float, ...] = setting(
         RATES, "of Adam, each tried with every row", Number(float, above=0)
     )
@@ -40,7 +49,9 @@ class Race(Setup):
     weightings: int = setting(8, "static ones of the tuned sum", whole(0))
 
 
-def race(config: Setup, methods: Sequence[str], **options) -> Comparison:
+def race(
+    config: Setup, methods: Sequence[str] | Mapping[str, Method], **options: Any
+) -> Comparison:
     """Races methods on the problem of a configuration.
 
     The metrics are the relative errors of the outputs on one half of the grid, every
@@ -48,19 +59,21 @@ def race(config: Setup, methods: Sequence[str], **options) -> Comparison:
 
     Args:
       config: problem, points, size of the network and steps.
-      methods: names in `optax_mtl.METHODS`.
+      methods: names in `optax_mtl.METHODS`, or as :func:`optax_mtl.compare` takes them.
       options: of :func:`optax_mtl.compare`, in the place of those chosen here. With
         `update_budget="flops"` give an `optimizer` of a constant rate, for that of the
-        example counts on `config.steps`; with `select=None` further seeds select.
+        example counts on `num_steps`; with `select=None` further seeds select.
     """
+    num_steps = options.pop("num_steps", config.steps)
+    config = dataclasses.replace(config, steps=num_steps)
     functions = model.make(config)
-    rows, columns = np.indices(problems.PROBLEMS[config.problem].grid)
+    problem = problems.PROBLEMS[config.problem]
+    grid, (rows, columns) = problems.make_grid(problem), np.indices(problem.grid)
     reported = (rows + columns).reshape(-1) % 2 == 0
-    grid = problems.make_grid(problems.PROBLEMS[config.problem])
     chosen = {
         "optimizer": functions.optimizer,
         "learning_rates": RATES,
-        "num_steps": config.steps,
+        "num_steps": num_steps,
         "evaluate": model.errors(config, functions, grid[reported]),
         "select": model.errors(config, functions, grid[~reported]),
     }
@@ -103,9 +116,14 @@ def weightings_saved(result: Comparison) -> list[str]:
 def main(arguments: list[str] | None = None) -> Comparison:
     """Prints the table and the verdict, and draws the race."""
     settings = flags.parse(Race, arguments, Race.__doc__ or "", check)
+    methods = {x: functools.partial(optax_mtl.get, x) for x in settings.methods}
+    problem = problems.PROBLEMS[settings.problem]
+    for weight in settings.boundary_weights:
+        weighted = optax_mtl.linear(problem.weights(weight))
+        methods[f"sides x {weight:g}"] = lambda num_tasks, weighted=weighted: weighted
     result = race(
         settings,
-        settings.methods,
+        methods,
         learning_rates=settings.learning_rates,
         seeds=settings.seeds,
         weightings=settings.weightings,

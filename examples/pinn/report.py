@@ -14,14 +14,12 @@ from examples.pinn.problems import Problem
 CUTS = (0.2, 0.45, 0.6, 0.9)  # Of the second input, where outputs are drawn as lines.
 
 
-def plot_curves(
-    folder: pathlib.Path, tasks: list[str], problem: Problem, title: str
-) -> None:
+def plot_curves(folder: pathlib.Path, problem: Problem, title: str) -> None:
     """Losses, relative errors and the smallest cosine, over the steps."""
     rows = runs.read(folder / "log.csv")
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
     panels = {
-        "losses": tasks,
+        "losses": problem.tasks,
         "relative error": [f"error_{name}" for name in problem.outputs],
         "smallest cosine of two tasks": ["cosine"],
     }

@@ -39,7 +39,6 @@ class Experiment(NamedTuple):
     step: Callable[..., tuple[State, dict[str, jax.Array]]]  # State, number: losses.
     evaluate: Callable[..., dict[str, jax.Array]]  # State, number: errors, cosine.
     predict: Callable[[State], jax.Array]  # Outputs on the grid.
-    tasks: list[str]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     problem = problems.PROBLEMS[config.problem]
     title = f"{config.problem}, {describe(config)}"
-    report.plot_curves(folder, experiment.tasks, problem, title)
+    report.plot_curves(folder, problem, title)
     report.plot_solution(folder, problem, experiment.predict(state), title)
     last = experiment.evaluate(state, config.steps)
     errors = {name: float(x) for name, x in last.items() if name != "cosine"}
@@ -68,23 +67,20 @@ def make_experiment(config: Config) -> Experiment:
     """Makes the functions of a run, compiled when they are first called."""
     problem = problems.PROBLEMS[config.problem]
     functions = model.make(config)
-    weights = dict.fromkeys(problem.conditions, config.boundary_weight)
+    weights = dict(zip(problem.tasks, problem.weights(config.boundary_weight)))
     grid = problems.make_grid(problem)
     errors = model.errors(config, functions, grid)
     points_of = lambda number: functions.draw(jax.random.key(config.seed), number)
 
     def losses_fn(params, points):
         losses = functions.losses(params, points)
-        weighted = {name: weights.get(name, 1) * x for name, x in losses.items()}
-        return weighted, losses
+        return {name: weights[name] * x for name, x in losses.items()}, losses
 
     params = init_params(config, functions)
-    example = jax.eval_shape(points_of, 0)
-    tasks = sorted(jax.eval_shape(functions.losses, params, example))
     if config.method == "sum":
         method = optax_mtl.linear()
     else:
-        method = optax_mtl.get(config.method, len(tasks))
+        method = optax_mtl.get(config.method, len(problem.tasks))
     resolve = optax_mtl.value_and_grad(
         losses_fn,
         method,
@@ -110,7 +106,6 @@ def make_experiment(config: Config) -> Experiment:
         step=step,
         evaluate=evaluate,
         predict=jax.jit(lambda state: functions.predict(state.params, grid)),
-        tasks=tasks,
     )
 
 
@@ -128,8 +123,9 @@ def fit(
     saved: ocp.CheckpointManager,
 ) -> tuple[State, dict[str, float]]:
     """Trains from a step on; returns the state and steps per second."""
-    outputs = problems.PROBLEMS[config.problem].outputs
-    columns = ["step", *experiment.tasks, "cosine", *(f"error_{x}" for x in outputs)]
+    problem = problems.PROBLEMS[config.problem]
+    columns = ["step", *problem.tasks, "cosine"]
+    columns += [f"error_{name}" for name in problem.outputs]
     steps = bar(
         range(start + 1, config.steps + 1),
         desc=config.method,
