@@ -5,7 +5,7 @@ each row from its own point; an exact solution written in JAX is one, too.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class Problem(NamedTuple):
     losses: Callable[[Network, Points], dict[str, jax.Array]]
     equations: tuple[str, ...]  # The losses inside, and those on the sides.
     conditions: tuple[str, ...]
-    solution: Callable[[np.ndarray], np.ndarray]  # Known, as a network.
+    solution: Callable[[Any], Any]  # What is known, of the same form as a network.
     grid: tuple[int, int]  # How many points along each input to compare it on.
 
     @property
@@ -34,9 +34,11 @@ class Problem(NamedTuple):
         """The names of the losses."""
         return sorted(self.equations + self.conditions)
 
-    def weights(self, of_conditions: float) -> list[float]:
+    def weights(self, of_conditions: float) -> dict[str, float]:
         """Of each loss, where those on the sides are weighed by hand."""
-        return [of_conditions if x in self.conditions else 1.0 for x in self.tasks]
+        return dict.fromkeys(self.equations, 1.0) | dict.fromkeys(
+            self.conditions, of_conditions
+        )
 
 
 def draw(problem: Problem, key: jax.Array, points: int, side_points: int) -> Points:
@@ -58,7 +60,7 @@ def make_grid(problem: Problem) -> np.ndarray:
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
-def relative_errors(outputs: jax.Array, known: jax.Array) -> jax.Array:
+def relative_errors(outputs: jax.Array, known: np.ndarray) -> jax.Array:
     """Norm of the error over that of the solution, for each output."""
     norm = lambda x: jnp.linalg.norm(x, axis=0)
     return norm(outputs - known) / norm(known)

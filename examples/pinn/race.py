@@ -25,8 +25,8 @@ from optax_mtl import plots
 from optax_mtl.comparison import Comparison
 
 Method = Callable[[int], optax.GradientTransformation]  # Of the number of tasks.
-METHODS = ("upgrad", "config", "imtl_g", "nash_mtl", "pcgrad", "gradnorm")
-METHODS += ("uncertainty_weighting",)
+METHODS: tuple[str, ...] = ("upgrad", "config", "imtl_g", "nash_mtl", "pcgrad")
+METHODS += ("gradnorm", "uncertainty_weighting")
 RATES = (3e-3, 1e-2, 3e-2)
 
 
@@ -116,11 +116,12 @@ def weightings_saved(result: Comparison) -> list[str]:
 def main(arguments: list[str] | None = None) -> Comparison:
     """Prints the table and the verdict, and draws the race."""
     settings = flags.parse(Race, arguments, Race.__doc__ or "", check)
-    methods = {x: functools.partial(optax_mtl.get, x) for x in settings.methods}
+    methods: dict[str, Method] = {
+        name: functools.partial(optax_mtl.get, name) for name in settings.methods
+    }
     problem = problems.PROBLEMS[settings.problem]
     for weight in settings.boundary_weights:
-        weighted = optax_mtl.linear(problem.weights(weight))
-        methods[f"sides x {weight:g}"] = lambda num_tasks, weighted=weighted: weighted
+        methods[f"sides x {weight:g}"] = _weighted_sum(problem.weights(weight))
     result = race(
         settings,
         methods,
@@ -130,8 +131,9 @@ def main(arguments: list[str] | None = None) -> Comparison:
     )
     say(f"{result.table()}\n\n{result.verdict()}\n")
     say("\n".join(weightings_saved(result)))
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    plots.compare(result, axes)
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    plots.compare(result, axes[:3])
+    _plot_tuning(result, axes[3])
     figure.suptitle(settings.problem)
     file = pathlib.Path(settings.out) / f"race-{settings.problem}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +141,22 @@ def main(arguments: list[str] | None = None) -> Comparison:
     plt.close(figure)
     say(f"figure: {file}")
     return result
+
+
+def _weighted_sum(weights: dict[str, float]) -> Method:
+    return lambda num_tasks: optax_mtl.linear(weights)
+
+
+def _plot_tuning(result, axis):
+    """What trying static weightings comes to, and the methods as lines."""
+    best, change = best_of(result), result.delta_m().mean(axis=1)
+    axis.plot(best, "o-", color="0.5", label="tuned sum")
+    for number, row in enumerate(result.racers()):
+        if change[row] < 0:  # No worse than the plain sum.
+            color = plots.COLOURS[number % len(plots.COLOURS)]
+            axis.axhline(change[row], color=color, label=result.methods[row])
+    axis.set(xlabel="weightings tried beside the sum", ylabel="Δm %", ylim=(-100, 3))
+    axis.legend(fontsize="x-small")
 
 
 def check(settings: Race) -> None:

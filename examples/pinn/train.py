@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -67,7 +68,7 @@ def make_experiment(config: Config) -> Experiment:
     """Makes the functions of a run, compiled when they are first called."""
     problem = problems.PROBLEMS[config.problem]
     functions = model.make(config)
-    weights = dict(zip(problem.tasks, problem.weights(config.boundary_weight)))
+    weights = problem.weights(config.boundary_weight)
     grid = problems.make_grid(problem)
     errors = model.errors(config, functions, grid)
     points_of = lambda number: functions.draw(jax.random.key(config.seed), number)
@@ -105,7 +106,9 @@ def make_experiment(config: Config) -> Experiment:
         init=jax.jit(lambda: State(params, resolve.init(params))),
         step=step,
         evaluate=evaluate,
-        predict=jax.jit(lambda state: functions.predict(state.params, grid)),
+        predict=jax.jit(
+            lambda state: functions.predict(state.params, jnp.asarray(grid))
+        ),
     )
 
 
