@@ -77,7 +77,9 @@ def make_experiment(config: Config) -> Experiment:
         losses = functions.losses(params, points)
         return {name: weights[name] * x for name, x in losses.items()}, losses
 
-    params = init_params(config, functions)
+    # From a key that no step has.
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+    params = functions.init(key)
     if config.method == "sum":
         method = optax_mtl.linear()
     else:
@@ -103,18 +105,13 @@ def make_experiment(config: Config) -> Experiment:
         return errors(state.params) | {"cosine": cosine}
 
     return Experiment(
-        init=jax.jit(lambda: State(params, resolve.init(params))),
+        init=jax.jit(lambda: State(params, resolve.init(params))),  # Copies.
         step=step,
         evaluate=evaluate,
         predict=jax.jit(
             lambda state: functions.predict(state.params, jnp.asarray(grid))
         ),
     )
-
-
-def init_params(config: Config, functions: model.Functions) -> Any:
-    """The parameters that a seed begins with, on others than its points depend."""
-    return functions.init(jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1))
 
 
 def fit(
