@@ -253,6 +253,22 @@ def test_a_race_on_two_halves_of_the_grid(tmp_path, capsys):
     assert (result.values != result.selection).all()
 
 
+def test_options_of_a_race_are_those_of_compare(monkeypatch):
+    found = {}
+    ignore = lambda *functions, **options: found.update(options)
+    monkeypatch.setattr(optax_mtl, "compare", ignore)
+    options = {"num_steps": 3, "seeds": 5, "select": None}
+    race.race(Setup(problem="helmholtz", steps=9, **TINY), ["mgda"], **options)
+    assert options.items() <= found.items() and found["learning_rates"] == race.RATES
+    optimizer = found["optimizer"](0.1)
+    state, sizes = optimizer.init(np.zeros(1)), []
+    for _ in range(4):
+        update, state = optimizer.update(np.ones(1, np.float32), state)
+        sizes.append(abs(update[0]))
+    # The cosine ends with the race, not with the steps of the configuration.
+    np.testing.assert_allclose(sizes, [0.1, 0.075, 0.025, 0], rtol=1e-4, atol=1e-7)
+
+
 def test_how_many_weightings_a_method_saves():
     change = np.array([0, -40, 10, np.nan, -10, -30, 5, -60])  # In percent.
     result = SimpleNamespace(
