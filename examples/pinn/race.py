@@ -130,7 +130,8 @@ def main(arguments: list[str] | None = None) -> Comparison:
         weightings=settings.weightings,
     )
     say(f"{result.table()}\n\n{result.verdict()}\n")
-    say("\n".join(weightings_saved(result)))
+    if settings.weightings:
+        say("\n".join(weightings_saved(result)))
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     plots.compare(result, axes[:3])
     _plot_tuning(result, axes[3])
