@@ -285,9 +285,9 @@ def test_how_many_weightings_a_method_saves():
     ]
     np.testing.assert_allclose(race.best_of(result), expected)
     assert race.weightings_saved(result) == [
-        "upgrad: as good as the best of the plain sum and 3 weightings",
+        "upgrad: as good as the best of the plain sum and 3 others",
         "mgda: no better than the plain sum",
-        "pcgrad: better than the plain sum and 4 weightings",
+        "pcgrad: better than the plain sum and 4 others",
     ]
 
 

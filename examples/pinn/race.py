@@ -98,7 +98,7 @@ def best_of(result: Comparison) -> np.ndarray:
 
 
 def weightings_saved(result: Comparison) -> list[str]:
-    """For each method, how many weightings one has to try to do as well."""
+    """For each method, how many static weightings have to be tried to do as well."""
     change, best = result.delta_m().mean(axis=1), best_of(result)
     lines = []
     for row in result.racers():
@@ -106,9 +106,9 @@ def weightings_saved(result: Comparison) -> list[str]:
         if not change[row] < 0:
             words = "no better than the plain sum"
         elif len(enough):
-            words = f"as good as the best of the plain sum and {enough[0]} weightings"
+            words = f"as good as the best of the plain sum and {enough[0]} others"
         else:
-            words = f"better than the plain sum and {len(best) - 1} weightings"
+            words = f"better than the plain sum and {len(best) - 1} others"
         lines.append(f"{result.methods[row]}: {words}")
     return lines
 
