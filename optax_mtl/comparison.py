@@ -74,6 +74,7 @@ class Comparison(NamedTuple):
         score = self._selected().min(axis=1)[: len(self.weightings)]
         order = np.argsort(score[1:], kind="stable")
         change = self.delta_m().mean(axis=1)[1:][order]
+        change = np.where(np.isnan(change), np.inf, change)  # Diverged where reported.
         change = np.where(score[1:][order] < score[0], change, 0.0)
         count = len(order)
         curve = [0.0]

@@ -20,11 +20,12 @@ from examples.flags import Number, UserError, run_program
 from examples.gcd import config as gcd
 from examples.gcd import data as gcd_data
 from examples.gcd import weights as gcd_weights
+from examples.pinn import config as pinn
 from examples.quickstart import config as quickstart
 from examples.quickstart import data as quickstart_data
 from examples.ssl import config as ssl
 
-CONFIGS = {"gcd": gcd, "quickstart": quickstart, "ssl": ssl}
+CONFIGS = {"gcd": gcd, "pinn": pinn, "quickstart": quickstart, "ssl": ssl}
 FLAGS = {
     f"{name} {field.name}": (config, field)
     for name, config in CONFIGS.items()
@@ -95,6 +96,9 @@ def test_help_says_what_each_flag_means_and_its_default(name, capsys, monkeypatc
         (gcd, "--batch-size 0", "of at least 1, got 0"),
         (gcd, "--labelled-share 2", "a number above 0 and of at most 1, got 2"),
         (gcd, "--method pcgradd", "did you mean 'pcgrad'"),
+        (pinn, "--problem heat", "choose from"),
+        (pinn, "--boundary-weight 0", "a number above 0, got 0"),
+        (pinn, "--method graddrop --mode gram", "take auto or stacked"),
         (quickstart, "--methods", "name at least one"),
         (quickstart, "--methods linear pgrad", "there is no method 'pgrad'"),
         (quickstart, "--steps 70", "not a multiple of --eval-every 50"),
