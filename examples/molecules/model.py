@@ -1,5 +1,6 @@
 """A trunk that all tasks share and a linear head for each; losses and scores."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class Model(nnx.Module):
 
     def __init__(self, inputs: int, tasks: int, config: Config, *, rngs: nnx.Rngs):
         widths = [inputs, *[config.width] * config.depth]
-        pairs = zip(widths, widths[1:])
+        pairs = itertools.pairwise(widths)
         self.trunk = nnx.List([nnx.Linear(m, n, rngs=rngs) for m, n in pairs])
         self.heads = nnx.Linear(config.width, tasks, rngs=rngs)  # Column i: task i.
 
@@ -109,10 +110,17 @@ def auc(scores: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(scores).all(), area, jnp.nan)
 
 
+def named(molecules: Molecules, losses: jax.Array) -> dict[str, jax.Array]:
+    """Losses by name: of each task if they are few, otherwise their mean."""
+    if len(molecules.tasks) <= FEW:
+        return dict(zip(molecules.tasks, losses))
+    return {"loss": losses.mean()}
+
+
 def metrics(molecules: Molecules, scores: jax.Array) -> dict[str, jax.Array]:
     """Scores by name: of each task if they are few, otherwise their mean."""
-    rows = np.flatnonzero(molecules.scored())
     if len(molecules.tasks) <= FEW:
+        rows = np.flatnonzero(molecules.scored())
         return {molecules.tasks[i]: scores[i] for i in rows}
     return {"mean": mean_score(molecules, scores)}
 
