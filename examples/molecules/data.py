@@ -144,7 +144,9 @@ def _patients(config):
     targets = np.column_stack([study.data[:, 4:], study.target])
     about = f"no --data: {len(targets)} patients of scikit-learn, no molecules"
     parts = split_groups(np.arange(len(targets)), config)
-    return _regression(study.data[:, :4], targets, tasks, parts, about)
+    inputs = study.data[:, :4]
+    scale = inputs[parts[0]].std(axis=0)
+    return _regression(inputs, scale, targets, tasks, parts, about)
 
 
 def _quantum(config, charges, positions, targets, names):
@@ -166,7 +168,11 @@ def _quantum(config, charges, positions, targets, names):
         raise UserError(f"--data {config.data}: two atoms of a molecule at one place")
     about = f"{config.data}: {len(targets)} molecules by their Coulomb matrices"
     parts = split_groups(np.arange(len(targets)), config)
-    return _regression(features, targets, [str(name) for name in names], parts, about)
+    # One for all entries: with one for each, those of an atom that few molecules have
+    # would be outliers, which drown the others.
+    scale = np.sqrt(features[parts[0]].var(axis=0).mean())
+    names = [str(name) for name in names]
+    return _regression(features, scale, targets, names, parts, about)
 
 
 def _assays(config, fingerprints, labels, scaffold, tasks):
@@ -198,14 +204,13 @@ def _assays(config, fingerprints, labels, scaffold, tasks):
     return Molecules([str(task) for task in tasks], *rows, None, about)
 
 
-def _regression(inputs, targets, tasks, parts, about):
-    """Inputs and targets standardised by what is trained on."""
+def _regression(inputs, scale, targets, tasks, parts, about):
+    """Inputs over a scale and standardised targets, centred by what is trained on."""
     train = parts[0]
-    scale = lambda x: np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
-    spread = scale(targets[train])
-    inputs = (inputs - inputs[train].mean(axis=0)) / scale(inputs[train])
+    spread = targets[train].std(axis=0)
+    spread = np.where(spread > 0, spread, 1)
+    inputs = np.float32((inputs - inputs[train].mean(axis=0)) / scale)
     targets = np.float32((targets - targets[train].mean(axis=0)) / spread)
-    inputs = np.float32(inputs)
     rows = [Rows(inputs[i], targets[i], np.ones_like(targets[i])) for i in parts]
     return Molecules(tasks, *rows, np.float32(spread), about)
 
