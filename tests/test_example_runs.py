@@ -20,11 +20,12 @@ from examples.flags import Number, UserError, run_program
 from examples.gcd import config as gcd
 from examples.gcd import data as gcd_data
 from examples.gcd import model as gcd_model
+from examples.molecules import config as molecules
 from examples.quickstart import config as quickstart
 from examples.quickstart import data as quickstart_data
 from examples.ssl import config as ssl
 
-CONFIGS = {"gcd": gcd, "quickstart": quickstart, "ssl": ssl}
+CONFIGS = {"gcd": gcd, "molecules": molecules, "quickstart": quickstart, "ssl": ssl}
 FLAGS = {
     f"{name} {field.name}": (config, field)
     for name, config in CONFIGS.items()

@@ -56,6 +56,13 @@ def load(config: Config) -> Molecules:
             f" or {', '.join(ASSAYS)}"
         )
     fields = [found[name] for name in known[0]]
+    tasks = fields[-1]
+    _check(
+        config,
+        tasks.ndim == 1 and len(np.unique(tasks)) == len(tasks),
+        f"different names in {known[0][-1]}",
+        f"{tasks}",
+    )
     read = _quantum if known[0] == QUANTUM else _assays
     molecules = read(config, *fields)
     counts = [len(rows.inputs) for rows in molecules[1:4]]

@@ -59,10 +59,11 @@ def make_problem(config: Config, molecules: Molecules) -> Problem:
         if spread is None:
             errors = optax.losses.sigmoid_binary_cross_entropy(out, batch.targets)
         else:
-            # Outputs have the size of their targets either way, the losses may not.
-            unit = 1 if config.standardise else spread
-            errors = (unit * (out - batch.targets)) ** 2
-        return masked_mean(errors, batch.mask)
+            errors = (out - batch.targets) ** 2
+        found = masked_mean(errors, batch.mask)
+        # Outputs have the size of their targets either way, losses their unit or none.
+        in_units = spread is not None and not config.standardise
+        return found * spread**2 if in_units else found
 
     def scores(params, rows):
         out = predict(params, rows)

@@ -27,7 +27,7 @@ def plot_curves(folder: pathlib.Path, molecules: Molecules, title: str) -> None:
     names = columns(molecules)
     middle = names.index("cosine")
     losses, scores = names[1:middle], names[middle + 1 :]
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
     colours = plt.colormaps["tab20"].colors
     for axis, chosen in zip(axes, (losses, scores, ["cosine"])):
         for number, column in enumerate(chosen):
@@ -48,7 +48,7 @@ def plot_curves(folder: pathlib.Path, molecules: Molecules, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(title="training losses", yscale="log")
     axes[1].set(title=f"validation: {_score(molecules)}")
-    axes[1].legend(frameon=False, fontsize=7, ncols=2)
+    axes[1].legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
     axes[2].set(title="smallest cosine of two tasks", ylim=(-1.05, 1.05))
     axes[2].axhline(0, color="gray", lw=0.5)
     figure.suptitle(title)
@@ -79,7 +79,8 @@ def plot_tasks(
     if few:
         bars = axis.barh([molecules.tasks[i] for i in found], values, color="#0072B2")
         texts = [f"{x:.4g}" for x in scores[found]]
-        axis.bar_label(bars, texts, padding=3, fontsize=8)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.bar_label(bars, texts, padding=3, fontsize=8, bbox=box)
         axis.invert_yaxis()
     else:
         axis.hist(values, bins=40, color="#0072B2")
@@ -90,7 +91,7 @@ def plot_tasks(
         axis.axvline(0.5, label="by chance", **guess)
     axis.set(xlabel=f"test: {_score(molecules)}", title=title)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
     figure.savefig(folder / "tasks.png", dpi=120)
     plt.close(figure)
 
