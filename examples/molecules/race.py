@@ -50,11 +50,22 @@ def main(argv: list[str] | None = None) -> Comparison:
     result = race(config, options.pop("methods"), **options)
     say(result.table())
     say(result.verdict())
-    folder = pathlib.Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    axes = plots.compare(result)
-    axes[0].figure.savefig(folder / "race.png", dpi=120)
+    draw(result, pathlib.Path(config.out))
     return result
+
+
+def draw(result: Comparison, folder: pathlib.Path) -> None:
+    """The figure of a comparison, with its legend beside it."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    plots.compare(result, axes)
+    axes[0].get_legend().remove()
+    entries = axes[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside right center", fontsize=8, frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "race.png", dpi=120)
+    plt.close(figure)
 
 
 def race(config: Config, methods: Sequence[str], **options: Any) -> Comparison:
