@@ -282,6 +282,7 @@ def _trainer(racer, batch_fn, optimizer, programs, bounds):
         history, seconds = [], 0.0
         for start, end in itertools.pairwise(bounds):
             cosine = programs.cosine(carry[0], seeds, start)
+            jax.block_until_ready(cosine)  # The clock does not see it.
             began = time.perf_counter()
             carry, total = advance(carry, start, end, rates, seeds, weights)
             history.append((jax.device_get(total) / (end - start), cosine))

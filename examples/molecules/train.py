@@ -122,7 +122,7 @@ def fit(
     seconds, counted = 0.0, 0
     for step in steps:
         reported = step % config.eval_every == 0 or step == config.steps
-        cosine = {"cosine": experiment.conflict(state, step)} if reported else {}
+        cosine = {"cosine": float(experiment.conflict(state, step))} if reported else {}
         began = time.perf_counter()
         state, losses = experiment.step(state, step)
         row = _numbers(model.named(molecules, losses) | cosine)  # Waits.
