@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +286,7 @@ BAD = {
     "optimizer is": {"optimizer": optax.adam(0.1)},
     r"methods\['upgrad'\] is": {"methods": {"upgrad": optax_mtl.upgrad()}},
     "update_budget": {"update_budget": "time"},
+    "conflicts": {"conflicts": "all"},
     "no method 'upgrade'; did you mean 'upgrad'": {"methods": ["upgrade"]},
     "'sum' is in every race": {"methods": {"sum": METHODS["plain"]}},
     "maximise names 'accuracy', but the metrics are far, near": {
@@ -390,3 +392,15 @@ def test_figure():
     with pytest.raises(ValueError, match="three axes, got 2"):
         plots.compare(result, pyplot.subplots(1, 2)[1])
     pyplot.close("all")
+
+
+def test_a_race_need_not_measure_conflict(monkeypatch):
+    forbidden = lambda *_: pytest.fail("the gradients of all tasks")
+    monkeypatch.setattr(sys.modules["optax_mtl.compare"], "_cosines", forbidden)
+    result = race(methods={}, weightings=0, conflicts=False)
+    assert np.isnan(result.min_cosines).all()
+    assert "conflict" not in result.verdict()
+    header, _, row = (line.split(" | ") for line in result.table().splitlines()[:3])
+    assert row[header.index("conflict %")] == ""
+    np.testing.assert_array_equal(result.values[0], raced().values[0])
+    pyplot.close(plots.compare(result)[0].figure)
