@@ -1,8 +1,10 @@
-"""Methods against the plain and the tuned sum: the tables of README.md.
+r"""Methods against the plain and the tuned sum: the tables of README.md.
 
     python -m examples.molecules.race --data qm9.npz
     python -m examples.molecules.race --data qm9.npz --no-standardise
-    python -m examples.molecules.race --data tox21.npz
+    python -m examples.molecules.race --data tox21.npz --steps 200
+    python -m examples.molecules.race --data toxcast.npz --steps 200 --no-conflicts \
+        --methods uncertainty_weighting famo dwa
 
 trains every method, the plain sum and static weightings of it with each learning rate
 and seed, prints a table of scores on the test split and a verdict, and draws race.png.
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> Comparison:
     parser.add_argument("--seeds", type=flags.whole(1), default=3)
     parser.add_argument("--weightings", type=flags.whole(0), default=8)
     parser.add_argument("--single-task", action="store_true")
+    parser.add_argument("--no-conflicts", dest="conflicts", action="store_false")
     arguments, others = parser.parse_known_args(argv)
     config = config_lib.parse(others)
     options = vars(arguments)
