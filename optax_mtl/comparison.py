@@ -166,7 +166,9 @@ def _sentences(it: Comparison) -> Iterator[str]:
             "One seed: there is no spread, so that no difference means anything; take"
             " three seeds or more."
         )
-    ahead = [i for i in it.racers() if _is_ahead(change[i], change[tuned])]
+    # The tuned sum may be behind the plain one on what is reported.
+    rivals = change[0], change[tuned]
+    ahead = [i for i in it.racers() if all(_is_ahead(change[i], x) for x in rivals)]
     for i in ahead:
         difference = change[tuned] - change[i]
         yield (
@@ -176,8 +178,8 @@ def _sentences(it: Comparison) -> Iterator[str]:
         )
     if not ahead and num_seeds > 1:
         yield (
-            "Keep the sum: no method is ahead of the tuned sum beyond the spread of"
-            " the seeds."
+            "Keep the sum: no method is ahead of the plain and the tuned sum beyond the"
+            " spread of the seeds."
         )
     weights = ", ".join(f"{x:.2g}" for x in it.weightings[tuned])
     if tuned and _is_ahead(change[tuned], change[0]):
