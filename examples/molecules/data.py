@@ -46,30 +46,12 @@ class Molecules(NamedTuple):
 
 def load(config: Config) -> Molecules:
     """Loads the data that the configuration asks for, and splits them."""
-    if not config.data:
-        return _patients(config)
-    found = arrays.load("--data", config.data)
-    known = [names for names in (QUANTUM, ASSAYS) if set(names) <= found.keys()]
-    if not known:
-        raise UserError(
-            f"--data {config.data} has {sorted(found)}: expected {', '.join(QUANTUM)},"
-            f" or {', '.join(ASSAYS)}"
-        )
-    fields = [found[name] for name in known[0]]
-    tasks = fields[-1]
-    _check(
-        config,
-        tasks.ndim == 1 and len(np.unique(tasks)) == len(tasks),
-        f"different names in {known[0][-1]}",
-        f"{tasks}",
-    )
-    read = _quantum if known[0] == QUANTUM else _assays
-    molecules = read(config, *fields)
+    molecules = _read(config) if config.data else _patients(config)
     counts = [len(rows.inputs) for rows in molecules[1:4]]
     if not all(counts):
         raise UserError(
-            f"--data {config.data}: --held-out {config.held_out} leaves {counts} rows"
-            " to train, validate and test on"
+            f"--held-out {config.held_out} leaves {counts} rows to train, validate and"
+            " test on"
         )
     if not molecules.scored().any():
         raise UserError(
@@ -156,6 +138,26 @@ def _patients(config):
     return _regression(inputs, scale, targets, tasks, parts, about)
 
 
+def _read(config):
+    """A file, told by its arrays."""
+    found = arrays.load("--data", config.data)
+    known = [names for names in (QUANTUM, ASSAYS) if set(names) <= found.keys()]
+    if not known:
+        raise UserError(
+            f"--data {config.data} has {sorted(found)}: expected {', '.join(QUANTUM)},"
+            f" or {', '.join(ASSAYS)}"
+        )
+    *fields, tasks = (found[name] for name in known[0])
+    _check(
+        config,
+        tasks.ndim == 1 and len(np.unique(tasks)) == len(tasks),
+        f"different names in {known[0][-1]}",
+        f"{tasks}",
+    )
+    read = _quantum if known[0] == QUANTUM else _assays
+    return read(config, *fields, [str(task) for task in tasks])
+
+
 def _quantum(config, charges, positions, targets, names):
     shape = charges.shape
     _check(
@@ -178,7 +180,6 @@ def _quantum(config, charges, positions, targets, names):
     # One for all entries: with one for each, those of an atom that few molecules have
     # would be outliers, which drown the others.
     scale = np.sqrt(features[parts[0]].var(axis=0).mean())
-    names = [str(name) for name in names]
     return _regression(features, scale, targets, names, parts, about)
 
 
@@ -208,7 +209,7 @@ def _assays(config, fingerprints, labels, scaffold, tasks):
         Rows(inputs[i], targets[i], mask[i]) for i in split_groups(scaffold, config)
     ]
     about = f"{config.data}: {count} molecules by their fingerprints"
-    return Molecules([str(task) for task in tasks], *rows, None, about)
+    return Molecules(tasks, *rows, None, about)
 
 
 def _regression(inputs, scale, targets, tasks, parts, about):
