@@ -261,7 +261,9 @@ def test_a_race_of_assays_is_printed_and_drawn(tmp_path, capsys):
     assert (tmp_path / "race.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("flag", ["--methods=pcgradd", "--seeds=0", "--widht=3"])
+@pytest.mark.parametrize(
+    "flag", ["--methods=pcgradd", "--seeds=0", "--widht=3", "--method=sum", "--resume"]
+)
 def test_flags_of_a_race(flag, capsys):
     with pytest.raises(SystemExit) as ended:
         race.main([flag])

@@ -49,6 +49,11 @@ def main(argv: list[str] | None = None) -> Comparison:
     parser.add_argument("--no-conflicts", dest="conflicts", action="store_false")
     arguments, others = parser.parse_known_args(argv)
     config = config_lib.parse(others)
+    for name in ("method", "learning_rate", "seed", "resume", "eval_every"):
+        if getattr(config, name) != getattr(Config(), name):
+            parser.error(
+                f"--{name.replace('_', '-')} is of a single run, not of a race"
+            )
     options = vars(arguments)
     result = race(config, options.pop("methods"), **options)
     say(result.table())
