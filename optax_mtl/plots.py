@@ -74,6 +74,9 @@ def compare(result: Comparison, axes: Any = None) -> Any:
     sensitivity.set(
         xscale="log", xlabel="learning rate", ylabel="Δm %, lower is better"
     )
+    rates = result.learning_rates
+    sensitivity.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+    sensitivity.minorticks_off()
     if np.max(np.abs(change), where=np.isfinite(change), initial=0) > 100:
         sensitivity.set_yscale("symlog", linthresh=10)
 
