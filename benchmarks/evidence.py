@@ -18,15 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from examples.molecules import race as molecules
-from examples.molecules.config import Config as Molecules
-from examples.pinn import race as pinn
-from examples.pinn.config import Config as Pinn
 from flax import nnx
 
 import optax_mtl
 from examples import arrays, runs
 from examples.gcd import measure as gcd
+from examples.molecules import race as molecules
+from examples.molecules.config import Config as Molecules
+from examples.pinn import race as pinn
+from examples.pinn.config import Config as Pinn
 from examples.quickstart import data as digits
 from examples.quickstart import model as quickstart
 from examples.ssl import data as photos

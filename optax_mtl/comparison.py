@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
     values: np.ndarray  # What is reported, shape (M, R, S, K).
     selection: np.ndarray  # What the choice is made on, shape (M, R, Z, K).
     losses: np.ndarray  # Means over stretches of training, shape (M, R, S, P, T).
-    min_cosines: np.ndarray  # Of the most opposed pair, shape (M, R, S, P).
+    min_cosines: np.ndarray  # Of the most opposed pair, or NaN, shape (M, R, S, P).
     seconds: np.ndarray  # Of one step of one run, shape (M,).
     num_steps: np.ndarray  # Of each run, shape (M,).
     rule: str  # How rates and weights were chosen.
@@ -53,11 +53,13 @@ class Comparison(NamedTuple):
         return list(range(len(self.methods)))[self._alone().stop :]
 
     def ahead(self) -> list[int]:
-        """The methods that are ahead of the tuned sum in every seed, and by more than
-        the spread of the difference."""
+        """The methods that are ahead of the plain and the tuned sum in every seed, and
+        by more than the spread of the difference."""
         change = self.delta_m()
-        tuned = change[self.tuned()]
-        return [i for i in self.racers() if _is_ahead(change[i], tuned)]
+        # The tuned sum may be behind the plain one on what is reported.
+        rivals = change[0], change[self.tuned()]
+        better = lambda i: all(_is_ahead(change[i], rival) for rival in rivals)
+        return list(filter(better, self.racers()))
 
     def tuning_curve(self) -> np.ndarray:
         r"""Mean Δm that tuning comes to after k = 0, ..., W weightings, shape (W + 1,).
@@ -139,13 +141,21 @@ def _table(it: Comparison) -> str:
         if alone is not None:
             mean = best[i].mean(axis=0)
             cells.append(f"{scores.relative_change(mean, alone, it._signs()):+.2f}")
-        opposed = it.min_cosines[i, chosen[i]] < 0
+        opposed = _conflict(it, i)
         runs = np.isnan(it.values[i]).any(axis=-1)
         ahead = " ".join(f"{x:+.2f}" for x in change[i] - change[tuned])
-        cells += [f"{rank:.1f}", ahead, f"{100 * opposed.mean():.0f}"]
+        cells += [f"{rank:.1f}", ahead]
+        cells.append("" if opposed is None else f"{100 * opposed:.0f}")
         cells += [f"{1000 * it.seconds[i]:.3g}", f"{runs.sum()} of {runs.size}"]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _conflict(it, row):
+    """Share of the points with a negative cosine at the chosen rate; or None."""
+    if np.isnan(it.min_cosines).all():
+        return None  # Not measured.
+    return (it.min_cosines[row, it.chosen()[row]] < 0).mean()
 
 
 def _with_spread(values, form=".4g"):
@@ -200,8 +210,8 @@ def _sentences(it: Comparison) -> Iterator[str]:
         )
     if not ahead and num_seeds > 1:
         yield (
-            "Keep the sum: no method is ahead of the tuned sum beyond the spread of"
-            " the seeds."
+            "Keep the sum: no method is ahead of the plain and the tuned sum beyond the"
+            " spread of the seeds."
         )
     weights = ", ".join(f"{x:.2g}" for x in it.weightings[tuned])
     if tuned and _is_ahead(change[tuned], change[0]):
@@ -233,11 +243,12 @@ def _sentences(it: Comparison) -> Iterator[str]:
                 f"The {word} rate tried is the best of {', '.join(names)}: try"
                 f" {'smaller' if end == 0 else 'larger'} ones, too."
             )
-    opposed = (it.min_cosines[0, chosen[0]] < 0).mean()
-    yield (
-        f"Gradients of the plain sum conflicted at {100 * opposed:.0f} % of"
-        f" {it.min_cosines.shape[-1]} points of its training."
-    )
+    opposed = _conflict(it, 0)
+    if opposed is not None:
+        yield (
+            f"Gradients of the plain sum conflicted at {100 * opposed:.0f} % of"
+            f" {it.min_cosines.shape[-1]} points of its training."
+        )
     diverged = np.isnan(it.values).any(axis=-1).sum()
     if diverged:
         yield f"{diverged} of {it.values[..., 0].size} runs diverged."

@@ -59,8 +59,11 @@ def compare(result: Comparison, axes: Any = None) -> Any:
             *means[i], *spreads[i][::-1], capsize=2, linestyle="", **style
         )
     trade_off.set(xlabel=result.metrics[metrics[0]], ylabel=result.metrics[metrics[1]])
-    if np.all(best[..., metrics] > 0):
-        trade_off.set(xscale="log", yscale="log")
+    for metric, axis in zip(metrics, "xy"):
+        found = best[..., metric]
+        # Within a decade the labels of a logarithmic axis run into each other.
+        if found.min() > 0 and found.max() > 10 * found.min():
+            trade_off.set(**{f"{axis}scale": "log"})
 
     baseline = best[0].mean(axis=0)
     signs = scores.signs_of(result.metrics, result.maximise)
@@ -73,7 +76,7 @@ def compare(result: Comparison, axes: Any = None) -> Any:
     )
     rates = result.learning_rates
     sensitivity.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
-    sensitivity.set_xticks([], minor=True)
+    sensitivity.minorticks_off()
     if np.max(np.abs(change), where=np.isfinite(change), initial=0) > 100:
         sensitivity.set_yscale("symlog", linthresh=10)
 

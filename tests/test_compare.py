@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -244,10 +245,16 @@ def test_verdict():
     text = made_up({"sum": 0, "w": [-4, -6, -5], "x": [-5, -4, -6]}).verdict()
     assert "x saves tuning" in text
     assert "Keep the sum" in text
+    # Chosen by the selection, the tuned sum is behind the plain one, and so is "x".
+    chosen = made_up({"sum": 0, "w": -4, "x": 0}).selection
+    behind = made_up({"sum": spread, "w": 9 + spread, "x": 1 + spread})
+    text = behind._replace(selection=chosen).verdict()
+    assert "x is ahead" not in text
+    assert "Keep the sum" in text and "Behind the plain sum" in text
     # Not in every seed; and in every seed, but by less than the spread.
     for close in ([-9, -9, 1], [-0.1, -0.1, -9]):
         text = made_up({"sum": 0, "w": 0, "x": close}).verdict()
-        assert "ahead of the tuned" in text.replace("x is ahead", "")
+        assert "ahead of the plain and the tuned" in text
         assert "x is ahead" not in text
     text = made_up({"sum": 0, "w": 1, "x": -50}, seeds=1).verdict()
     assert "One seed" in text
@@ -308,6 +315,7 @@ BAD = {
     "optimizer is": {"optimizer": optax.adam(0.1)},
     r"methods\['upgrad'\] is": {"methods": {"upgrad": optax_mtl.upgrad()}},
     "update_budget": {"update_budget": "time"},
+    "conflicts": {"conflicts": "all"},
     "no method 'upgrade'; did you mean 'upgrad'": {"methods": ["upgrade"]},
     "'sum' is in every race": {"methods": {"sum": METHODS["plain"]}},
     "maximise names 'accuracy', but the metrics are far, near": {
@@ -413,3 +421,15 @@ def test_figure():
     with pytest.raises(ValueError, match="three axes, got 2"):
         plots.compare(result, pyplot.subplots(1, 2)[1])
     pyplot.close("all")
+
+
+def test_a_race_need_not_measure_conflict(monkeypatch):
+    forbidden = lambda *_: pytest.fail("the gradients of all tasks")
+    monkeypatch.setattr(sys.modules["optax_mtl.compare"], "_cosines", forbidden)
+    result = race(methods={}, weightings=0, conflicts=False)
+    assert np.isnan(result.min_cosines).all()
+    assert "conflict" not in result.verdict()
+    header, _, row = (line.split(" | ") for line in result.table().splitlines()[:3])
+    assert row[header.index("conflict %")] == ""
+    np.testing.assert_array_equal(result.values[0], raced().values[0])
+    pyplot.close(plots.compare(result)[0].figure)

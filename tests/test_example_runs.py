@@ -20,12 +20,19 @@ from examples.flags import Number, UserError, run_program
 from examples.gcd import config as gcd
 from examples.gcd import data as gcd_data
 from examples.gcd import weights as gcd_weights
+from examples.molecules import config as molecules
 from examples.pinn import config as pinn
 from examples.quickstart import config as quickstart
 from examples.quickstart import data as quickstart_data
 from examples.ssl import config as ssl
 
-CONFIGS = {"gcd": gcd, "pinn": pinn, "quickstart": quickstart, "ssl": ssl}
+CONFIGS = {
+    "gcd": gcd,
+    "molecules": molecules,
+    "pinn": pinn,
+    "quickstart": quickstart,
+    "ssl": ssl,
+}
 FLAGS = {
     f"{name} {field.name}": (config, field)
     for name, config in CONFIGS.items()
