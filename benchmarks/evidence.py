@@ -37,6 +37,7 @@ from optax_mtl.comparison import Comparison
 
 METHODS = ["upgrad", "pcgrad", "imtl_g", "nash_mtl", "gradnorm"]
 METHODS += ["uncertainty_weighting"]
+QM9_RATES = (1e-3, 3e-3, 1e-2)
 FILE = pathlib.Path(__file__).with_name("evidence.md")
 FIGURES = "## Figures\n"  # What follows it is written here; the rest is not.
 
@@ -111,10 +112,11 @@ def masked_photos(folder: pathlib.Path) -> Comparison:
     )
 
 
-def _molecules(file: str, **settings: Any) -> Callable[[pathlib.Path], Comparison]:
+def _molecules(
+    file: str, rates: tuple[float, ...], **settings: Any
+) -> Callable[[pathlib.Path], Comparison]:
     def run(folder):
         config = Molecules(data=str(folder / file), **settings)
-        rates = (1e-3, 3e-3, 1e-2)
         return molecules.race(config, METHODS, learning_rates=rates)
 
     return run
@@ -126,9 +128,9 @@ def _pinn(problem: str) -> Callable[[pathlib.Path], Comparison]:
 
 RACES: dict[str, Callable[[pathlib.Path], Comparison]] = {
     "MultiDigits": multidigits,
-    "QM9, standardised": _molecules("qm9.npz"),
-    "QM9, in units": _molecules("qm9.npz", standardise=False),
-    "Tox21": _molecules("tox21.npz"),
+    "QM9, standardised": _molecules("qm9.npz", QM9_RATES, steps=700),
+    "QM9, in units": _molecules("qm9.npz", QM9_RATES, steps=700, standardise=False),
+    "Tox21": _molecules("tox21.npz", (3e-4, 1e-3, 3e-3), steps=200),
     "Burgers": _pinn("burgers"),
     "Kovasznay": _pinn("kovasznay"),
     "Helmholtz": _pinn("helmholtz"),

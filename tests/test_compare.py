@@ -404,19 +404,21 @@ def test_recommend():
 
 
 def test_figure():
-    """It shows what the result holds; a metric alone is drawn against itself."""
+    """It shows what the result holds; of a metric alone a line for each row."""
     result = raced()
     trade_off, sensitivity, conflict = plots.compare(result)
     labels = trade_off.get_legend_handles_labels()[1]
-    assert labels == ["static weightings", "upgrad", "plain", "sum"]
-    upgrad = sensitivity.get_lines()[0]
+    assert labels == ["static weightings", "sum", "upgrad", "plain"]
+    upgrad = sensitivity.get_lines()[1]
     np.testing.assert_array_equal(upgrad.get_xdata(), result.learning_rates)
     row = result.methods.index("upgrad")
     expected = result.delta_m()[row].mean()
     np.testing.assert_allclose(upgrad.get_ydata()[result.chosen()[row]], expected)
     assert len(conflict.get_lines()) == 4
     pyplot.close("all")
-    plots.compare(made_up({"sum": 0, "w": -4, "x": -9}))
+    alone, _, _ = plots.compare(made_up({"sum": 0, "w": -4, "x": -9}))
+    assert [text.get_text() for text in alone.get_yticklabels()] == ["sum", "x"]
+    assert alone.get_lines()[0].get_xdata().tolist() == [100, 96]
     pyplot.close("all")
     with pytest.raises(ValueError, match="three axes, got 2"):
         plots.compare(result, pyplot.subplots(1, 2)[1])

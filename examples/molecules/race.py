@@ -68,7 +68,8 @@ def draw(result: Comparison, folder: pathlib.Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     plots.compare(result, axes)
-    axes[0].get_legend().remove()
+    if axes[0].get_legend() is not None:
+        axes[0].get_legend().remove()
     entries = axes[0].get_legend_handles_labels()
     figure.legend(*entries, loc="outside right center", fontsize=8, frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
