@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import arguments, base, names, solvers, tasks
+from optax_mtl.precise import power_of_two
 
 
 @names.by_name("preference")
@@ -90,7 +91,7 @@ def cagrad_weights(
     """
     # Its squares are numbers, too; free of rounding errors, which a spread of norms
     # would not forgive.
-    gram = gram / solvers.power_of_two(jnp.trace(gram))
+    gram = gram / power_of_two(jnp.trace(gram))
     # The squared norm of a combination, and the rounding errors of the Gram matrix in
     # it. The ball takes them at their worst, so as not to be larger than allowed.
     squared = lambda w: jnp.maximum(w @ gram @ w, 0)
