@@ -217,7 +217,9 @@ def _weightings(result, rows):
 
 
 def _cell(change, bold):
-    text = f"{change.mean():+.1f} ± {change.std(ddof=1):.1f}"
+    mean, spread = change.mean(), change.std(ddof=1)
+    digits = 1 if abs(mean) < 100 else 0
+    text = f"{mean + 0:+.{digits}f} ± {spread:.{digits}f}"
     return f"**{text}**" if bold else text
 
 
