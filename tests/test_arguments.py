@@ -124,7 +124,7 @@ METHODS = {
     "imtl": {"num_tasks": COUNT, "min_losses": FINITE},
     "imtl_g": {"strict_paper": FLAG},
     "imtl_l": {"num_tasks": COUNT, "min_losses": FINITE},
-    "inverse_norm": {"target": CHOICE},
+    "inverse_norm": {"target": CHOICE, "power": AT_LEAST_0},
     "krum": {
         "num_byzantine": optional(COUNT_FROM_0),
         "num_selected": optional(COUNT),

@@ -58,7 +58,8 @@ def imtl(
 
     .. note::
       Heads get their gradients multiplied by :math:`e^{s_i}` in the paper; with
-      :func:`optax.partition` that is :func:`~optax_mtl.imtl_l` for the heads.
+      :func:`optax.partition` that is :func:`~optax_mtl.imtl_l` for the heads. Where
+      the sum of IMTL-G's weights is negative, see :func:`~optax_mtl.imtl_g`.
     """
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")

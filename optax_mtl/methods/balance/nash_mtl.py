@@ -58,7 +58,9 @@ def nash_mtl(
       The authors' code solves approximately, and falls back on the last weights, at
       first the plain sum, where its solver fails. Here the solution is exact. Where
       there is none, because a convex combination of the gradients vanishes, the
-      update is zero.
+      update is zero. With a preference it is the inner problem of AuxiNash (`Auxiliary
+      Learning as an Asymmetric Bargaining Game
+      <https://arxiv.org/abs/2301.13501>`_, ICML 2023), which also learns it.
     """
     arguments.check_range("max_norm", max_norm, "(0, inf]", optional=True)
     preference = arguments.check_preference(preference)

@@ -58,7 +58,9 @@ def config(
 
     .. note::
       Where :math:`U^+ p` vanishes, as for two opposite gradients, the update is
-      zero; the authors' code then divides rounding errors.
+      zero; the authors' code then divides rounding errors. For two tasks it is
+      DCGD-Center of `Dual Cone Gradient Descent
+      <https://arxiv.org/abs/2409.18426>`_ (NeurIPS 2024).
     """
     arguments.check_static("length", length)
     if length not in LENGTHS and not isinstance(length, int):

@@ -83,7 +83,8 @@ def moco(
 
     .. note::
       The tracking starts at zero, so that the first update is the fraction ``beta``
-      of its full length.
+      of its full length. The gradient of the simplex problem has a factor of 2 in the
+      authors' first code: their step size of 0.1 is ``gamma=0.2`` here.
     """
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_range("beta", beta, "(0, 1]")

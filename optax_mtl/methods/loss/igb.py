@@ -57,8 +57,9 @@ def igb(
       <https://arxiv.org/abs/2307.15429>`_, UAI 2023
 
     .. note::
-      The second version of the paper, IGBv2, learns the weights by reinforcement
-      learning, with a policy network of its own.
+      The authors' code warms up for one epoch, and then averages for one. The second
+      version of the paper, IGBv2, learns the weights by reinforcement learning, with a
+      policy network of its own.
     """
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_range("reference", reference, "(-inf, inf)", optional=True)

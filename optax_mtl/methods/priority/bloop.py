@@ -75,7 +75,9 @@ def bloop(
 
     .. note::
       The authors' code adds 1e-7 to the squared norm of the average, and rescales by
-      ``1 + weight`` where its paper divides by it.
+      ``1 + weight`` where its paper divides by it. Without an average
+      (``step_size=1``) it is ``weight`` times :func:`~optax_mtl.dynamic_barrier` with
+      ``beta=1 / weight``.
     """
     arguments.check_range("weight", weight, "[0, inf)")
     arguments.check_range("step_size", step_size, "(0, 1]")

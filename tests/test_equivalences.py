@@ -1,0 +1,54 @@
+"""Methods under other names: what the docstrings say they are equal to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import optax_mtl
+
+J3 = np.array([[1, 2, 0, -1], [-2, 1, 1, 0], [0.5, -1, 3, 2]], np.float32)
+LOSSES = np.array([2, 0.5, 1], np.float32)
+
+
+def updates(method, steps=1):
+    @jax.jit
+    def run(gradients, losses):
+        state = method.init(jnp.zeros(4))
+        for _ in range(steps):
+            update, state = method.update(gradients, state, losses=losses)
+        return update
+
+    return np.asarray(run(J3, LOSSES))
+
+
+def test_tilted_losses_are_a_smooth_tchebycheff_scalarization():
+    """TERM: (1 / t) log mean exp(t L), by its derivative in NumPy."""
+    weights = np.exp(0.7 * LOSSES) / np.exp(0.7 * LOSSES).sum()
+    stch = optax_mtl.stch(3, 1 / 0.7, objective="linear", preference=[1.0, 1, 1])
+    np.testing.assert_allclose(updates(stch), weights @ J3, rtol=1e-5)
+
+
+def test_ntkmtl_is_a_power_of_inverse_norms():
+    """(tr G / G_ii) ** p, in direction."""
+    squares = (J3**2).sum(axis=1)
+    for power in (0.5, 0.75):
+        expected = (squares.sum() / squares) ** power @ J3
+        found = updates(optax_mtl.inverse_norm(power=2 * power))
+        ratio = found @ expected / np.linalg.norm(expected) ** 2
+        np.testing.assert_allclose(found, ratio * expected, rtol=1e-5)
+
+
+def test_harmonic_weights_sum_to_the_number_of_tasks():
+    gram = jnp.asarray(J3 @ J3.T)
+    for power in (0.0, 1.0, 1.5):
+        weights = optax_mtl.weights.inverse_norm(gram, "harmonic", power)
+        np.testing.assert_allclose(weights.sum(), 3, rtol=1e-6)
+
+
+def test_bloop_without_an_average_is_a_dynamic_barrier():
+    two = J3[:2]
+    bloop = optax_mtl.bloop(0.3, step_size=1.0)
+    barrier = optax_mtl.dynamic_barrier(beta=1 / 0.3)
+    found, _ = bloop.update(two, bloop.init(jnp.zeros(4)))
+    expected, _ = barrier.update(two, barrier.init(jnp.zeros(4)))
+    np.testing.assert_allclose(found, 0.3 * expected, rtol=1e-5)
