@@ -40,7 +40,12 @@ METHODS = {
         "barrier": FLAG,
         "rescale": FLAG,
     },
-    "cagrad": {"c": AT_LEAST_0, "preference": PREFERENCE, "rescale": FLAG},
+    "cagrad": {
+        "c": AT_LEAST_0,
+        "preference": PREFERENCE,
+        "rescale": FLAG,
+        "clip": FLAG,
+    },
     "config": {"length": ["none", 0.5, None], "preference": PREFERENCE},
     "coordinate_median": {},
     "cosine_gating": {"primary": PRIMARY, "weighted": FLAG},

@@ -104,6 +104,19 @@ ROWS = [
         [0.183503, 1.204124, 1.204124],
         source="SLSQP, TorchJD",
     ),
+    # RACO by its formulae; the second by SciPy's SLSQP, too.
+    Row(
+        "cagrad",
+        {"c": 0.5, "preference": [0.2, 0.8], "clip": True} | PAPER,
+        [[1, -4], [-1, 1]],
+        [0.327519, 1.210518],
+    ),
+    Row(
+        "cagrad",
+        {"c": 0.4, "preference": [0.5, 0.3, 0.2], "clip": True} | PAPER,
+        [[1, 2, 0, -1], [-2, 1, 1, 0], [0.5, -1, 3, 2]],
+        [0.681666, 0.428554, 0.292221],
+    ),
     Row("cagrad", {}, J2, [0.57181, 0.431034], [0.298968, 1.002844, 1.002844]),
     Row("cagrad", {"c": 1.0} | PAPER, J2, [1.2, 0.8], [0, 2, 2], "2 x MGDA"),
     Row("cagrad", {"c": 0.5} | PAPER, J3, [0.358164, 0.627026, 0.333333]),

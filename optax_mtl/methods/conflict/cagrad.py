@@ -14,6 +14,7 @@ def cagrad(
     *,
     preference: names.PerTask | None = None,
     rescale: bool = True,
+    clip: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Conflict-averse gradient descent (CAGrad).
 
@@ -35,6 +36,9 @@ def cagrad(
         by default ``1 / T`` for each task that is present.
       rescale: whether to divide the update by :math:`1 + c^2`, as the authors'
         code does and the paper does not.
+      clip: whether the task gradients that move the average have no more than their
+        share of it, the clipping of RACO: a task that the preference gives little
+        weight does not come to dominate.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -54,7 +58,8 @@ def cagrad(
 
     References:
       Liu et al, `Conflict-Averse Gradient Descent for Multi-task Learning
-      <https://arxiv.org/abs/2110.14048>`_, NeurIPS 2021
+      <https://arxiv.org/abs/2110.14048>`_, NeurIPS 2021; with ``clip`` CAGrad-Clip of
+      `RACO <https://arxiv.org/abs/2602.02495>`_, ICML 2026, which does not rescale
 
     .. note::
       The authors' code further multiplies by T, to match the sum of the losses, and
@@ -63,20 +68,24 @@ def cagrad(
     """
     arguments.check_range("c", c, "[0, inf)")
     arguments.check_choice("rescale", rescale, (True, False))
+    arguments.check_choice("clip", clip, (True, False))
     preference = arguments.check_preference(preference)
 
     def weights_fn(gram):
         average = arguments.preference_among_present(
             preference, gram, default_total=1.0
         )
-        weights = cagrad_weights(gram, c, average)
+        weights = cagrad_weights(gram, c, average, clip)
         return weights / (1 + c**2) if rescale else weights
 
     return base.from_gram(weights_fn)
 
 
 def cagrad_weights(
-    gram: jax.Array, c: jax.typing.ArrayLike, average: jax.Array
+    gram: jax.Array,
+    c: jax.typing.ArrayLike,
+    average: jax.Array,
+    clip: bool = False,
 ) -> jax.Array:
     """Weights of :func:`cagrad` without the rescaling.
 
@@ -85,6 +94,7 @@ def cagrad_weights(
       c: radius of the ball, relative to the norm of the average gradient.
       average: weights of the average gradient, shape ``(T,)``, 0 for tasks that
         are absent.
+      clip: whether what moves the average is clipped to it.
 
     Returns:
       Array of shape ``(T,)``.
@@ -105,6 +115,9 @@ def cagrad_weights(
     # origin, c < 1, is then one around a vanishing average, or c is 0.
     nothing = squared(hull) <= len(gram) / 4 * noise(hull)
     nothing |= squared(average) <= noise(average)
+    if clip:
+        hull = jnp.minimum(hull, average / jnp.where(exists.any(), average.sum(), 1))
+        nothing |= squared(hull) <= noise(hull)
     length = jnp.sqrt(jnp.where(nothing, 1, squared(hull) + noise(hull)))
     at_best = average + radius / length * hull
     return jnp.where(nothing, jnp.where(jnp.less(c, 1), average, 0), at_best)
