@@ -64,8 +64,10 @@ from optax_mtl.methods.conflict.gcond import gcond as gcond
 from optax_mtl.methods.conflict.gcond import scale_by_lion_lars as scale_by_lion_lars
 from optax_mtl.methods.conflict.graddrop import graddrop as graddrop
 from optax_mtl.methods.conflict.gradvac import gradvac as gradvac
+from optax_mtl.methods.conflict.imgrad import imgrad as imgrad
 from optax_mtl.methods.conflict.m_config import m_config as m_config
 from optax_mtl.methods.conflict.mgda import mgda as mgda
+from optax_mtl.methods.conflict.mmpareto import mmpareto as mmpareto
 from optax_mtl.methods.conflict.moco import moco as moco
 from optax_mtl.methods.conflict.modo import modo as modo
 from optax_mtl.methods.conflict.pcgrad import pcgrad as pcgrad

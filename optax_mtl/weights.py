@@ -11,7 +11,9 @@ from optax_mtl.methods.conflict.cagrad import cagrad_weights as cagrad
 from optax_mtl.methods.conflict.config import config_weights as config
 from optax_mtl.methods.conflict.dualproj import dualproj_weights as dualproj
 from optax_mtl.methods.conflict.gradvac import gradvac_weights as gradvac
+from optax_mtl.methods.conflict.imgrad import imgrad_weights as imgrad
 from optax_mtl.methods.conflict.mgda import mgda_weights as mgda
+from optax_mtl.methods.conflict.mmpareto import mmpareto_weights as mmpareto
 from optax_mtl.methods.conflict.pcgrad import pcgrad_weights as pcgrad
 from optax_mtl.methods.conflict.sdmgrad import sdmgrad_weights as sdmgrad
 from optax_mtl.methods.conflict.upgrad import upgrad_weights as upgrad
@@ -60,10 +62,12 @@ __all__ = [
     "gradvac",
     "group_dro",
     "igb",
+    "imgrad",
     "imtl_g",
     "inverse_norm",
     "krum",
     "mgda",
+    "mmpareto",
     "nash_mtl",
     "pbi",
     "pcd",

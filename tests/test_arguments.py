@@ -126,6 +126,8 @@ METHODS = {
         "window": COUNT,
         "min_losses": FINITE,
     },
+    "imgrad": {"c": AT_LEAST_0, "rescale": FLAG},
+    "mmpareto": {"gamma": AT_LEAST_0},
     "imtl": {"num_tasks": COUNT, "min_losses": FINITE},
     "imtl_g": {"strict_paper": FLAG},
     "imtl_l": {"num_tasks": COUNT, "min_losses": FINITE},

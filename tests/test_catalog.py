@@ -68,7 +68,7 @@ def test_unknown_name():
 
 
 def test_unknown_option():
-    with pytest.raises(TypeError, match="no option 'radius'; known are c, preference"):
+    with pytest.raises(TypeError, match="no option 'radius'; known are c, clip, pref"):
         optax_mtl.get("cagrad", 2, radius=0.5)
     with pytest.raises(TypeError, match="did you mean 'num_byzantine'"):
         optax_mtl.get("krum", 5, num_byzantin=1)

@@ -104,6 +104,15 @@ ROWS = [
         [0.183503, 1.204124, 1.204124],
         source="SLSQP, TorchJD",
     ),
+    # By their formulae, in NumPy.
+    Row(
+        "imgrad",
+        {"c": 0.8},
+        [[1, 2, 0, -1], [-2, 1, 1, 0], [0.5, -1, 3, 2]],
+        [0.493266, 0.336507, 0.284255],
+    ),
+    Row("mmpareto", {}, J2, [2.204541, 1.469694]),
+    Row("mmpareto", {"gamma": 1.0}, EYE3, [1, 1, 1], source="no conflict: the sum"),
     # RACO by its formulae; the second by SciPy's SLSQP, too.
     Row(
         "cagrad",

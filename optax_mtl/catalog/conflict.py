@@ -9,8 +9,10 @@ from optax_mtl.methods.conflict import (
     gcond,
     graddrop,
     gradvac,
+    imgrad,
     m_config,
     mgda,
+    mmpareto,
     moco,
     modo,
     pcgrad,
@@ -192,5 +194,28 @@ ROWS: dict[str, Entry] = {
         scale="own",
         state="T x P",
         promises="symmetric",
+    ),
+    "imgrad": row(
+        imgrad.imgrad,
+        (
+            "Injecting Imbalance Sensitivity for Multi-Task Learning",
+            "IJCAI 2025",
+            "https://arxiv.org/abs/2503.08006",
+        ),
+        reads="gram",
+        scale="own",
+        promises="symmetric rotates scales agrees ignores_absent",
+    ),
+    "mmpareto": row(
+        mmpareto.mmpareto,
+        (
+            "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance",
+            "ICML 2024",
+            "https://arxiv.org/abs/2405.17730",
+        ),
+        reads="gram",
+        scale="own",
+        promises="symmetric rotates scales stationary never_conflicts agrees"
+        " ignores_absent",
     ),
 }
