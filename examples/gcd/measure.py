@@ -119,7 +119,7 @@ def _pretrained(results, name, folder):
     if not (out / "pretrained.npz").exists():
         train.main(
             f"{data} --pretrain ssl {pretraining} --reference-epochs 0 --epochs 1 "
-            f"--diagnose-steps 0 --method sum --out {out}".split()
+            f"--diagnose-steps 0 --method sum --out {out} --resume".split()
         )
     flags = f"{data} {flags} --backbone-weights {out}/pretrained.npz"
     title = f"{name}, pretrained"
