@@ -219,7 +219,8 @@ def _weightings(result, rows):
 def _cell(change, bold):
     mean, spread = change.mean(), change.std(ddof=1)
     digits = 1 if abs(mean) < 100 else 0
-    text = f"{mean + 0:+.{digits}f} ± {spread:.{digits}f}"
+    mean = round(mean, digits) + 0.0  # No "-0.0".
+    text = f"{mean:+.{digits}f} ± {spread:.{digits}f}"
     return f"**{text}**" if bold else text
 
 
