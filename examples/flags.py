@@ -138,7 +138,7 @@ def run_program(main: Callable[[], Any]) -> None:
     """Runs a program; what its user can set right ends it as a wrong flag does."""
     try:
         main()
-    except (UserError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError, FileExistsError) as error:
         program = pathlib.Path(sys.argv[0]).name
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -71,11 +71,15 @@ class Comparison(NamedTuple):
 
           \sum_i \binom{W - i}{k - 1} \Delta m_i \, / \, \binom{W}{k},
 
-        with the weightings in the order of the selection.
+        with the weightings in the order of the selection. NaN if the plain sum
+        diverged, for then there is no Δm.
         """
         score = self._selected().min(axis=1)[: len(self.weightings)]
         order = np.argsort(score[1:], kind="stable")
-        change = self.delta_m().mean(axis=1)[1:][order]
+        of_sum, *change = self.delta_m().mean(axis=1)
+        if not np.isfinite(of_sum):
+            return np.full(len(score), np.nan)
+        change = np.array(change)[order]
         change = np.where(np.isnan(change), np.inf, change)  # Diverged where reported.
         change = np.where(score[1:][order] < score[0], change, 0.0)
         count = len(order)

@@ -191,6 +191,7 @@ def test_divergence_is_a_result():
     )
     assert "plain sum diverged" in lost.verdict()
     assert "nan" in lost.table()
+    np.testing.assert_array_equal(lost.tuning_curve(), [np.nan])
 
 
 def test_interrupt_keeps_what_is_finished():

@@ -362,7 +362,12 @@ def test_what_is_said_does_not_wait_in_a_buffer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [UserError("--known 10: too many"), FileNotFoundError(2, "no", "a.npz")]
+    "error",
+    [
+        UserError("--known 10: too many"),
+        FileNotFoundError(2, "no", "a.npz"),
+        FileExistsError("runs/gcd holds a run: continue it with --resume"),
+    ],
 )
 def test_what_a_user_can_set_right_ends_the_program_in_a_line(error, capsys):
     def main():

@@ -281,14 +281,20 @@ def test_flags_of_a_race(flag, capsys):
         (assays, {"scaffold": None}, "or fingerprints, labels, scaffold, tasks"),
         (quantum, {"names": np.array(["a", "b"])}, r"targets of shape \(N, 2\)"),
         (quantum, {"names": np.array(["a", "b", "a"])}, "different names in names"),
-        (quantum, {"targets": np.full((60, 3), np.nan)}, "finite targets"),
+        (quantum, {"targets": np.full((60, 3), np.nan)}, "180 of 180 that are not"),
+        (quantum, {"targets": np.full((60, 3), "1.0")}, "real numbers, found <U3"),
+        (quantum, {"positions": np.full((60, 4, 3), np.nan)}, "finite positions"),
+        (quantum, {"charges": np.full((60, 4), -1)}, "charges of 0 or more"),
+        (quantum, {"charges": np.zeros((60, 4))}, "one above 0 in each molecule"),
+        (quantum, {"names": np.array(["a", "step", "mean"])}, r"\['mean', 'step'\]"),
         (quantum, {"positions": np.zeros((60, 4, 2))}, "positions of shape"),
         (
             quantum,
             {"positions": np.zeros((60, 4, 3))},
             "two atoms of a molecule at one",
         ),
-        (assays, {"labels": np.full((120, 3), 2)}, "labels of 0, 1 and -1"),
+        (assays, {"labels": np.full((120, 3), 2)}, r"0, 1 and -1 .*found \[2\]"),
+        (assays, {"labels": np.full((120, 3), np.nan)}, r"found \[nan\]"),
         (assays, {"labels": np.zeros((119, 3))}, r"of shape \(120, 3\)"),
         (assays, {"labels": np.zeros((120, 3))}, "no task has both labels"),
         (assays, {"fingerprints": np.zeros((120, 2))}, "in uint8, eight bits"),
@@ -301,3 +307,9 @@ def test_files_that_are_something_else(arrays, change, message, tmp_path):
     config = config_lib.parse(["--data", save(tmp_path, whole)])
     with np.errstate(divide="ignore"), pytest.raises(ValueError, match=message):
         data.load(config)
+
+
+def test_molecules_that_are_all_alike_have_finite_inputs(tmp_path):
+    alike = quantum() | {"charges": np.tile(np.uint8([1, 0, 0, 0]), (60, 1))}
+    molecules = data.load(config_lib.parse(["--data", save(tmp_path, alike)]))
+    np.testing.assert_array_equal(molecules.train.inputs, 0)

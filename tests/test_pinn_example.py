@@ -281,6 +281,8 @@ def test_how_many_weightings_a_method_saves():
         "mgda: no better than the plain sum",
         "pcgrad: better than the plain sum and 3 others",
     ]
+    result.tuning_curve = lambda: np.full(4, np.nan)
+    assert "diverged" in race.weightings_saved(result)[0]
 
 
 def test_a_race_needs_a_rate(capsys):

@@ -12,6 +12,7 @@ from examples.molecules.config import Config
 BOHR = 0.529177  # In angstrom.
 QUANTUM = ("charges", "positions", "targets", "names")  # Arrays of a file as QM9.
 ASSAYS = ("fingerprints", "labels", "scaffold", "tasks")  # Of one as Tox21.
+RESERVED = {"step", "cosine", "mean", "rows_per_second"}  # In logs and results.
 
 
 class Rows(NamedTuple):
@@ -150,10 +151,12 @@ def _read(config):
     *fields, tasks = (found[name] for name in known[0])
     _check(
         config,
-        tasks.ndim == 1 and len(np.unique(tasks)) == len(tasks),
+        tasks.ndim == 1 and 0 < len(np.unique(tasks)) == len(tasks),
         f"different names in {known[0][-1]}",
         f"{tasks}",
     )
+    taken = sorted(RESERVED & set(map(str, tasks)))
+    _check(config, not taken, "names that no column of the logs has", f"{taken}")
     read = _quantum if known[0] == QUANTUM else _assays
     return read(config, *fields, [str(task) for task in tasks])
 
@@ -168,11 +171,24 @@ def _quantum(config, charges, positions, targets, names):
     )
     _check(
         config,
-        targets.shape == (shape[0], len(names)) and np.isfinite(targets).all(),
-        f"finite targets of shape (N, {len(names)}), as many as names",
+        targets.shape == (shape[0], len(names)),
+        f"targets of shape (N, {len(names)}), as many as names",
         f"shape {targets.shape}",
     )
-    features = coulomb(charges, positions)
+    numbers = {"charges": charges, "positions": positions, "targets": targets}
+    for name, x in numbers.items():
+        real = x.dtype.kind in "biuf"
+        _check(config, real, f"{name} that are real numbers", f"{x.dtype}")
+        missing = f"{(~np.isfinite(x)).sum()} of {x.size} that are not"
+        _check(config, np.isfinite(x).all(), f"finite {name}", missing)
+    _check(
+        config,
+        (charges >= 0).all() and charges.any(axis=1).all(),
+        "charges of 0 or more, and one above 0 in each molecule",
+        "others",
+    )
+    with np.errstate(divide="ignore"):
+        features = coulomb(charges, positions)
     if not np.isfinite(features).all():
         raise UserError(f"--data {config.data}: two atoms of a molecule at one place")
     about = f"{config.data}: {len(targets)} molecules by their Coulomb matrices"
@@ -193,10 +209,12 @@ def _assays(config, fingerprints, labels, scaffold, tasks):
     count = len(fingerprints)
     _check(
         config,
-        labels.shape == (count, len(tasks)) and np.isin(labels, (-1, 0, 1)).all(),
-        f"labels of 0, 1 and -1 (missing) of shape ({count}, {len(tasks)})",
+        labels.shape == (count, len(tasks)),
+        f"labels of shape ({count}, {len(tasks)})",
         f"shape {labels.shape}",
     )
+    others = np.setdiff1d(labels, (-1, 0, 1))
+    _check(config, not others.size, "labels of 0, 1 and -1 (missing)", f"{others[:5]}")
     _check(
         config,
         scaffold.shape == (count,),
@@ -216,7 +234,7 @@ def _regression(inputs, scale, targets, tasks, parts, about):
     """Inputs over a scale and standardised targets, centred by what is trained on."""
     train = parts[0]
     spread = targets[train].std(axis=0)
-    spread = np.where(spread > 0, spread, 1)
+    spread, scale = (np.where(x > 0, x, 1) for x in (spread, scale))
     inputs = np.float32((inputs - inputs[train].mean(axis=0)) / scale)
     targets = np.float32((targets - targets[train].mean(axis=0)) / spread)
     rows = [Rows(inputs[i], targets[i], np.ones_like(targets[i])) for i in parts]

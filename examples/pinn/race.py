@@ -87,7 +87,9 @@ def weightings_saved(result: Comparison) -> list[str]:
     lines = []
     for row in result.racers():
         enough = np.flatnonzero(best <= change[row])
-        if not change[row] < 0:
+        if not np.isfinite(best[0]):
+            words = "no saying, since the plain sum diverged"
+        elif not change[row] < 0:
             words = "no better than the plain sum"
         elif len(enough):
             words = f"as good as the best of the plain sum and {enough[0]} others"
