@@ -76,10 +76,10 @@ class Comparison(NamedTuple):
         """
         score = self._selected().min(axis=1)[: len(self.weightings)]
         order = np.argsort(score[1:], kind="stable")
-        of_sum, *change = self.delta_m().mean(axis=1)
-        if not np.isfinite(of_sum):
+        means = self.delta_m().mean(axis=1)
+        if not np.isfinite(means[0]):
             return np.full(len(score), np.nan)
-        change = np.array(change)[order]
+        change = means[1:][order]
         change = np.where(np.isnan(change), np.inf, change)  # Diverged where reported.
         change = np.where(score[1:][order] < score[0], change, 0.0)
         count = len(order)
