@@ -28,6 +28,9 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
+
+MAPS = pathlib.Path("/proc/self/maps")  # Of Linux, which allows a process 65,530.
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,3 +40,10 @@ def pytest_collection_finish():
     """Tracing makes many small objects: what is there already is not searched again."""
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Each compiled program holds memory maps; a process without any left crashes."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()

@@ -427,6 +427,7 @@ def test_figure():
 
 
 def test_a_race_need_not_measure_conflict(monkeypatch):
+    expected = raced().values[0]
     forbidden = lambda *_: pytest.fail("the gradients of all tasks")
     monkeypatch.setattr(sys.modules["optax_mtl.compare"], "_cosines", forbidden)
     result = race(methods={}, weightings=0, conflicts=False)
@@ -434,5 +435,6 @@ def test_a_race_need_not_measure_conflict(monkeypatch):
     assert "conflict" not in result.verdict()
     header, _, row = (line.split(" | ") for line in result.table().splitlines()[:3])
     assert row[header.index("conflict %")] == ""
-    np.testing.assert_array_equal(result.values[0], raced().values[0])
+    # Rounding differs with the number of runs in a program.
+    np.testing.assert_allclose(result.values[0], expected, rtol=1e-5)
     pyplot.close(plots.compare(result)[0].figure)

@@ -76,9 +76,9 @@ def fit(
     weights.save(folder / "pretrained.npz", backbone, images.shape[-1])
 
 
-def last_epoch(config: Config, folder: pathlib.Path) -> int | None:
+def last_epoch(folder: pathlib.Path) -> int | None:
     """Of the checkpoints of this stage; None if there are none."""
-    if config.pretrain == "none" or not folder.exists():
+    if not (folder / "pretraining").exists():
         return None
     with runs.open_checkpoints(folder / "pretraining") as saved:
         return saved.latest_step()

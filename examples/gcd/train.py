@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     experiment = make_experiment(config, split)
     with runs.open_checkpoints(out) as saved:
         last = saved.latest_step()
-        started_at = pretrain.last_epoch(config, out) if last is None else last
+        started_at = pretrain.last_epoch(out) if last is None else last
         runs.check_settings(out, config, started_at)
         if last is None:
             if config.pretrain == "ssl":
