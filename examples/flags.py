@@ -134,11 +134,15 @@ def parse(
     return read
 
 
+# Of a setting, a file, a folder in use, or a run that a smaller rate would save.
+_OF_THE_USER = (UserError, FileNotFoundError, FileExistsError, FloatingPointError)
+
+
 def run_program(main: Callable[[], Any]) -> None:
     """Runs a program; what its user can set right ends it as a wrong flag does."""
     try:
         main()
-    except (UserError, FileNotFoundError, FileExistsError) as error:
+    except _OF_THE_USER as error:
         program = pathlib.Path(sys.argv[0]).name
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -367,6 +367,7 @@ def test_what_is_said_does_not_wait_in_a_buffer(tmp_path, monkeypatch):
         UserError("--known 10: too many"),
         FileNotFoundError(2, "no", "a.npz"),
         FileExistsError("runs/gcd holds a run: continue it with --resume"),
+        FloatingPointError("step 3: losses are not finite"),
     ],
 )
 def test_what_a_user_can_set_right_ends_the_program_in_a_line(error, capsys):

@@ -9,6 +9,7 @@ import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from sklearn import datasets
 
 from examples import arrays
@@ -126,6 +127,15 @@ def draw(
     )
 
 
+def in_epochs(
+    key: jax.Array, rows: jax.Array, number: jax.Array, batch_size: int
+) -> jax.Array:
+    """Rows of the batch of a step, in an order that is drawn anew in each epoch."""
+    steps = len(rows) // batch_size
+    order = jax.random.permutation(jax.random.fold_in(key, number // steps), rows)
+    return jax.lax.dynamic_slice_in_dim(order, number % steps * batch_size, batch_size)
+
+
 def view(key: jax.Array, images: jax.Array, config: Config) -> jax.Array:
     """One random view of each image, normalised."""
     size = images.shape[1:]
@@ -185,18 +195,10 @@ def _warp(key, image, strength):
 
 def _thicken(key, image, strength):
     """Mixes an image with its brightest or darkest neighbours: strokes grow or thin."""
-    window = functools.partial(
-        jax.lax.reduce_window,
-        window_dimensions=(3, 3, 1),
-        window_strides=(1, 1, 1),
-        padding="SAME",
-    )
     share = jax.random.uniform(key, (), minval=-strength, maxval=strength)
-    extreme = jnp.where(
-        share > 0,
-        window(image, -jnp.inf, jax.lax.max),
-        window(image, jnp.inf, jax.lax.min),
-    )
+    brightest = nnx.max_pool(image, (3, 3), padding="SAME")
+    darkest = nnx.min_pool(image, (3, 3), padding="SAME")
+    extreme = jnp.where(share > 0, brightest, darkest)
     return image + jnp.abs(share) * (extreme - image)
 
 

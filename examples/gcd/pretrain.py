@@ -107,11 +107,7 @@ def _optimizer_and_step(config, graph, num_images):
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, images, key, number):
         order_key, view_key = jax.random.split(key)
-        order_key = jax.random.fold_in(order_key, number // steps_per_epoch)
-        order = jax.random.permutation(order_key, num_images)
-        rows = jax.lax.dynamic_slice_in_dim(
-            order, number % steps_per_epoch * batch_size, batch_size
-        )
+        rows = data.in_epochs(order_key, jnp.arange(num_images), number, batch_size)
         x = data.two_views(jax.random.fold_in(view_key, number), images[rows], config)
 
         def loss_fn(params):

@@ -30,7 +30,7 @@ from examples.flags import run_program
 from examples.gcd import config as config_lib
 from examples.gcd import data, model, objective, pretrain, report, weights
 from examples.gcd.config import COORDINATED, Config
-from examples.progress import bar, say
+from examples.progress import bar, in_words, say
 
 STEP_COLUMNS = ["step", "supervised", "unsupervised", "labelled_energy", "gdc", "soc"]
 EPOCH_COLUMNS = ["epoch", "all", "old", "new", "soc"]
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         discover(config, experiment, split, images, state, frozen, epoch, saved)
 
     results = summarize(out)
-    say(f"{config.method}: {_in_words(results)}")
+    say(f"{config.method}: {in_words(results)}")
     say(f"{time.time() - started:.0f} s; logs and figures are in {out}")
     return results
 
@@ -167,11 +167,7 @@ def _reference_steps(config, graph, num_labelled):
     @jax.jit
     def step(params, optimizer_state, rest, images, key, number):
         order_key, view_key = jax.random.split(key)
-        order_key = jax.random.fold_in(order_key, number // steps_per_epoch)
-        order = jax.random.permutation(order_key, images.labelled)
-        rows = jax.lax.dynamic_slice_in_dim(
-            order, number % steps_per_epoch * batch_size, batch_size
-        )
+        rows = data.in_epochs(order_key, images.labelled, number, batch_size)
         view_key = jax.random.fold_in(view_key, number)
         x = data.two_views(view_key, images.images[rows], config)
         labels = jnp.tile(images.labels[rows], 2)
@@ -411,7 +407,7 @@ def discover(
             epochs.write(row)
             rows.append(row)
             accuracies = {k: row[k] for k in ("all", "old", "new")}
-            say(f"epoch {done} of {config.epochs}: {_in_words(accuracies)}")
+            say(f"epoch {done} of {config.epochs}: {in_words(accuracies)}")
             runs.save(saved, done, (state, frozen))
         if board is not None:
             for row in rows:
@@ -520,10 +516,6 @@ def _trains(config):
     """Filter of the parameters that train."""
     depth = model.PRESETS[config.preset].depth
     return lambda path, _: model.is_trainable(path, config.trainable, depth)
-
-
-def _in_words(results):
-    return ", ".join(f"{name} {value:.3f}" for name, value in results.items())
 
 
 if __name__ == "__main__":

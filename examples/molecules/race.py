@@ -7,7 +7,7 @@ r"""Methods against the plain and the tuned sum: the tables of README.md.
         --methods uncertainty_weighting famo dwa
 
 trains every method, the plain sum and static weightings of it with each learning rate
-and seed, prints a table of scores on the test split and a verdict, and draws race.png.
+and seed, prints a table of scores on the test split and a verdict, and draws both.
 Rates and weights are chosen on the validation split. Other flags are those of
 examples.molecules.train.
 """
@@ -58,11 +58,12 @@ def main(argv: list[str] | None = None) -> Comparison:
     result = race(config, options.pop("methods"), **options)
     say(result.table())
     say(result.verdict())
-    draw(result, pathlib.Path(config.out))
+    name = pathlib.Path(config.data).stem or "patients"
+    draw(result, pathlib.Path(config.out) / f"race-{name}.png")
     return result
 
 
-def draw(result: Comparison, folder: pathlib.Path) -> None:
+def draw(result: Comparison, file: pathlib.Path) -> None:
     """The figure of a comparison, with its legend beside it."""
     import matplotlib.pyplot as plt
 
@@ -72,8 +73,8 @@ def draw(result: Comparison, folder: pathlib.Path) -> None:
         axes[0].get_legend().remove()
     entries = axes[0].get_legend_handles_labels()
     figure.legend(*entries, loc="outside right center", fontsize=8, frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "race.png", dpi=120)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
     plt.close(figure)
 
 

@@ -6,7 +6,6 @@ python -m examples.molecules.train --data qm9.npz --method sum --out runs/qm9-su
 
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from examples.molecules import config as config_lib
 from examples.molecules import data, model, report
 from examples.molecules.config import Config
 from examples.molecules.data import Molecules
-from examples.progress import bar, say
+from examples.progress import Speed, in_words, say, steps
 
 
 class State(NamedTuple):
@@ -60,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     mean = {"mean": model.mean_score(molecules, scores)}
     results = _numbers(model.metrics(molecules, scores) | mean) | speed
     runs.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    say(f"test: {_in_words(results)}")
+    say(f"test: {in_words(results)}")
     return results
 
 
@@ -111,23 +110,14 @@ def fit(
     saved: ocp.CheckpointManager,
 ) -> tuple[State, dict[str, float]]:
     """Trains from a step on; returns the state and rows per second."""
-    steps = bar(
-        range(start + 1, config.steps + 1),
-        desc=config.method,
-        initial=start,
-        total=config.steps,
-        unit="step",
-    )
     log = runs.Log(folder / "log.csv", report.columns(molecules), last=start)
-    seconds, counted = 0.0, 0
-    for step in steps:
+    speed = Speed()
+    for step in steps(config, start):
         reported = step % config.eval_every == 0 or step == config.steps
         cosine = {"cosine": float(experiment.conflict(state, step))} if reported else {}
-        began = time.perf_counter()
-        state, losses = experiment.step(state, step)
-        row = _numbers(model.named(molecules, losses) | cosine)  # Waits.
-        if step > start + 1:  # The first step compiles.
-            seconds, counted = seconds + time.perf_counter() - began, counted + 1
+        with speed.step():
+            state, losses = experiment.step(state, step)
+            row = _numbers(model.named(molecules, losses) | cosine)  # Waits.
         if not np.isfinite(losses).all():
             raise FloatingPointError(f"step {step}: losses are not finite: {row}")
         if reported:
@@ -136,20 +126,15 @@ def fit(
             mean = float(model.mean_score(molecules, scores))
             row |= {f"valid_{name}": x for name, x in valid.items()}
             row |= {"valid_mean": mean}
-            say(f"step {step} of {config.steps}: {_in_words(valid | {'mean': mean})}")
+            say(f"step {step} of {config.steps}: {in_words(valid | {'mean': mean})}")
         log.write({"step": step} | row)
         if reported:
             runs.save(saved, step, state)
-    speed = config.batch_size * counted / seconds if counted else float("nan")
-    return state, {"rows_per_second": speed}
+    return state, speed.report("rows_per_second", config.batch_size)
 
 
 def _numbers(values):
     return {name: float(x) for name, x in values.items()}
-
-
-def _in_words(values):
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 if __name__ == "__main__":

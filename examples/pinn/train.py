@@ -7,7 +7,6 @@ python -m examples.pinn.train --method sum --boundary-weight 10 --out runs/pinn-
 import functools
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from examples.flags import run_program
 from examples.pinn import config as config_lib
 from examples.pinn import model, problems, report
 from examples.pinn.config import Config
-from examples.progress import bar, say
+from examples.progress import Speed, in_words, say, steps
 
 
 class State(NamedTuple):
@@ -60,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     errors = {name: float(x) for name, x in last.items() if name != "cosine"}
     results = errors | speed
     runs.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    say(_in_words(results))
+    say(in_words(results))
     return results
 
 
@@ -126,32 +125,23 @@ def fit(
     problem = problems.PROBLEMS[config.problem]
     columns = ["step", *problem.tasks, "cosine"]
     columns += [f"error_{name}" for name in problem.outputs]
-    steps = bar(
-        range(start + 1, config.steps + 1),
-        desc=config.method,
-        initial=start,
-        total=config.steps,
-        unit="step",
-    )
     log = runs.Log(folder / "log.csv", columns, last=start)
-    seconds, counted = 0.0, 0
-    for step in steps:
-        began = time.perf_counter()
-        state, losses = experiment.step(state, step)
-        row = {name: float(x) for name, x in losses.items()}  # Waits.
-        if step > start + 1:  # The first step compiles.
-            seconds, counted = seconds + time.perf_counter() - began, counted + 1
+    speed = Speed()
+    for step in steps(config, start):
+        with speed.step():
+            state, losses = experiment.step(state, step)
+            row = {name: float(x) for name, x in losses.items()}  # Waits.
         if not np.isfinite(list(row.values())).all():
             raise FloatingPointError(f"step {step}: losses are not finite: {row}")
         due = step % config.eval_every == 0 or step == config.steps
         if due:
             measured = experiment.evaluate(state, step)
             row |= {name: float(x) for name, x in measured.items()}
-            say(f"step {step} of {config.steps}: {_in_words(row)}")
+            say(f"step {step} of {config.steps}: {in_words(row)}")
         log.write({"step": step} | row)
         if due:
             runs.save(saved, step, state)
-    return state, {"steps_per_second": counted / seconds if counted else float("nan")}
+    return state, speed.report("steps_per_second")
 
 
 def describe(config: Config) -> str:
@@ -159,10 +149,6 @@ def describe(config: Config) -> str:
     if config.boundary_weight == 1:
         return config.method
     return f"{config.method}, sides x {config.boundary_weight:g}"
-
-
-def _in_words(values):
-    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
 if __name__ == "__main__":

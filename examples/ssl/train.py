@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_mtl
 from examples import arrays, runs
 from examples.flags import UserError, run_program
-from examples.progress import bar, say
+from examples.progress import Speed, in_words, say, steps
 from examples.ssl import config as config_lib
 from examples.ssl import data, model, report
 from examples.ssl.config import Config
@@ -77,7 +76,7 @@ def run(
     statistics = {"statistics": np.array(images.statistics())}
     arrays.save(folder / "encoder.npz", tensors | statistics)
     runs.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    say(_in_words(results))
+    say(in_words(results))
     return results
 
 
@@ -204,42 +203,32 @@ def fit(
     num_patches = model.num_patches(config)
     columns = ["step", *experiment.tasks, "cosine", "conflicts", "winner"]
     columns += [f"valid_{name}" for name in experiment.tasks]
-    steps = bar(
-        range(start + 1, config.steps + 1),
-        desc=config.method,
-        initial=start,
-        total=config.steps,
-        unit="step",
-    )
     log = runs.Log(folder / "log.csv", columns, last=start)
-    seconds, counted = 0.0, 0
+    speed = Speed()
     with contextlib.ExitStack() as stack:
         board = None
         if config.tensorboard:
             board = runs.tensorboard(folder, start + 1)
             stack.enter_context(contextlib.closing(board))
-        for step in steps:
+        for step in steps(config, start):
             batch = data.draw(images, step, num_patches, config)
             batch = experiment.place(batch)
-            began = time.perf_counter()
-            state, measured = experiment.step(state, batch)
-            row = {name: float(x) for name, x in measured.items()}  # Waits.
-            if step > start + 1:  # The first step compiles.
-                seconds, counted = seconds + time.perf_counter() - began, counted + 1
+            with speed.step():
+                state, measured = experiment.step(state, batch)
+                row = {name: float(x) for name, x in measured.items()}  # Waits.
             if not np.isfinite(list(row.values())).all():
                 raise FloatingPointError(f"step {step}: losses are not finite: {row}")
             if step % config.eval_every == 0 or step == config.steps:
                 valid = validate(config, experiment, images, state)
                 row |= {f"valid_{name}": x for name, x in valid.items()}
-                say(f"step {step} of {config.steps}: {_in_words(valid)}")
+                say(f"step {step} of {config.steps}: {in_words(valid)}")
             log.write({"step": step} | row)
             if board:
                 for name, x in row.items():
                     board.add_scalar(name, x, step)
             if step % config.eval_every == 0 or step == config.steps:
                 runs.save(saved, step, state)
-    speed = config.batch_size * counted / seconds if counted else float("nan")
-    return state, {"images_per_second": speed}
+    return state, speed.report("images_per_second", config.batch_size)
 
 
 def validate(
@@ -274,10 +263,6 @@ def _devices(config):
     )
     sharding = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
     return sharding(), sharding("data")
-
-
-def _in_words(values):
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 if __name__ == "__main__":
