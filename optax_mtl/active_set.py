@@ -18,7 +18,7 @@ from optax_mtl.precise import (
 )
 
 
-def admm(Q, q, lower, allowed):
+def _admm(Q, q, lower, allowed):
     """Minimises x'Qx/2 - q'x over x >= lower by ADMM: x, and its relative violation.
 
     As in OSQP (Stellato et al., 2020), with its rule for the penalty. As only Q is
@@ -86,7 +86,7 @@ def admm(Q, q, lower, allowed):
     return z, violation
 
 
-def exchange(Q, q, a, allowed, newton):
+def _exchange(Q, q, a, allowed, newton):
     """Guesses the minimiser on the simplex, exchanging all wrong free variables."""
     size, eps = len(q), jnp.finfo(Q.dtype).eps
 
@@ -174,10 +174,10 @@ def active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     limited = not on_simplex  # The simplex itself limits x.
     pulled, settled, centre = jnp.asarray(limited), jnp.asarray(False), lower
     if start is None and size > 8 and on_simplex:
-        x = exchange(Q, q, a, allowed, newton)
+        x = _exchange(Q, q, a, allowed, newton)
         first = jnp.where(jnp.all(jnp.isfinite(x)), x, first)
     elif start is None and size > 8:
-        first, violation = admm(Q, q, lower, allowed)
+        first, violation = _admm(Q, q, lower, allowed)
         centre = first
         curvature = inner(first, jnp.sum(Q * first[None], 1))
         terms = inner(jnp.abs(first), jnp.sum(jnp.abs(Q * first[None]), 1))

@@ -89,6 +89,11 @@ class Comparison(NamedTuple):
             curve.append(float(ways @ change / ways.sum()))
         return np.array(curve)
 
+    def weightings_to_match(self, row: int) -> int | None:
+        """After how many weightings tuning comes to the Δm of a row; None: more."""
+        enough = np.flatnonzero(self.tuning_curve() <= self.delta_m()[row].mean())
+        return int(enough[0]) if len(enough) else None
+
     def frontier(self) -> np.ndarray:
         """Mean metrics of the static weightings at their rates, shape (W + 1, K)."""
         return self.at_best()[: len(self.weightings)].mean(axis=1)

@@ -283,6 +283,8 @@ def test_tuning_curve_is_the_mean_over_all_choices():
         for count in range(4)
     ]
     np.testing.assert_allclose(result.tuning_curve(), curve, atol=1e-12)
+    needed = [count for count in range(4) if curve[count] <= change[4]]
+    assert result.weightings_to_match(4) == min(needed, default=None)
 
 
 def test_metric_that_is_zero():

@@ -272,7 +272,8 @@ def test_how_many_weightings_a_method_saves():
     change = np.array([0, -40, 10, -10, -30, 5, -60])  # In percent.
     result = SimpleNamespace(
         delta_m=lambda: change[:, None],
-        tuning_curve=lambda: np.array([0, -15.0, -28, -40]),
+        weightings=np.ones((4, 2)),
+        weightings_to_match={4: 3, 5: 0, 6: None}.get,
         methods=("sum", *"abc", "upgrad", "mgda", "pcgrad"),
         racers=lambda: [4, 5, 6],
     )
@@ -281,7 +282,7 @@ def test_how_many_weightings_a_method_saves():
         "mgda: no better than the plain sum",
         "pcgrad: better than the plain sum and 3 others",
     ]
-    result.tuning_curve = lambda: np.full(4, np.nan)
+    result.delta_m = lambda: np.full((7, 1), np.nan)
     assert "diverged" in race.weightings_saved(result)[0]
 
 

@@ -83,18 +83,19 @@ def race(
 
 def weightings_saved(result: Comparison) -> list[str]:
     """For each method, how many static weightings have to be tried to do as well."""
-    change, best = result.delta_m().mean(axis=1), result.tuning_curve()
+    change = result.delta_m().mean(axis=1)
     lines = []
     for row in result.racers():
-        enough = np.flatnonzero(best <= change[row])
-        if not np.isfinite(best[0]):
+        needed = result.weightings_to_match(row)
+        if not np.isfinite(change[0]):
             words = "no saying, since the plain sum diverged"
         elif not change[row] < 0:
             words = "no better than the plain sum"
-        elif len(enough):
-            words = f"as good as the best of the plain sum and {enough[0]} others"
+        elif needed is not None:
+            words = f"as good as the best of the plain sum and {needed} others"
         else:
-            words = f"better than the plain sum and {len(best) - 1} others"
+            count = len(result.weightings) - 1
+            words = f"better than the plain sum and {count} others"
         lines.append(f"{result.methods[row]}: {words}")
     return lines
 

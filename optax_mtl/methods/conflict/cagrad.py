@@ -104,20 +104,21 @@ def cagrad_weights(
     gram = gram / power_of_two(jnp.trace(gram))
     # The squared norm of a combination, and the rounding errors of the Gram matrix in
     # it. The ball takes them at their worst, so as not to be larger than allowed.
-    squared = lambda w: jnp.maximum(w @ gram @ w, 0)
-    noise = lambda w: 4 * jnp.finfo(gram.dtype).eps * (w**2 @ jnp.diagonal(gram))
-    radius = c * jnp.sqrt(jnp.maximum(squared(average) - noise(average), 0))
+    norm2, noise = solvers.combined_norm2(gram, average)
+    radius = c * jnp.sqrt(jnp.maximum(norm2 - noise, 0))
     # The dual problem: the direction is sought in the hull of the task gradients.
     exists = tasks.present(gram)
     hull = solvers.simplex_cone_program(gram, gram @ average, radius, exists)
     # If the hull contains the origin (Pareto stationary), no direction is better than
     # none, and if the average vanishes, there is no other one. A ball without the
     # origin, c < 1, is then one around a vanishing average, or c is 0.
-    nothing = squared(hull) <= len(gram) / 4 * noise(hull)
-    nothing |= squared(average) <= noise(average)
+    nothing = norm2 <= noise
+    norm2, noise = solvers.combined_norm2(gram, hull)
+    nothing |= norm2 <= len(gram) / 4 * noise
     if clip:
         hull = jnp.minimum(hull, average / jnp.where(exists.any(), average.sum(), 1))
-        nothing |= squared(hull) <= noise(hull)
-    length = jnp.sqrt(jnp.where(nothing, 1, squared(hull) + noise(hull)))
+        norm2, noise = solvers.combined_norm2(gram, hull)
+        nothing |= norm2 <= noise
+    length = jnp.sqrt(jnp.where(nothing, 1, norm2 + noise))
     at_best = average + radius / length * hull
     return jnp.where(nothing, jnp.where(jnp.less(c, 1), average, 0), at_best)

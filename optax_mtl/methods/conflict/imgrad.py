@@ -67,15 +67,16 @@ def imgrad_weights(gram: jax.Array, c: jax.typing.ArrayLike = 0.8) -> jax.Array:
     gram, _ = solvers.normalize_gram(gram)
     exists = tasks.present(gram)
     average = arguments.preference_among_present(None, gram, default_total=1.0)
-    squared = lambda w: jnp.maximum(w @ gram @ w, 0)
-    noise = lambda w: 4 * jnp.finfo(gram.dtype).eps * (w**2 @ jnp.diagonal(gram))
     hull = mgda_weights(gram)
-    nothing = squared(hull) <= len(gram) / 4 * noise(hull)
-    lengths = jnp.sqrt(jnp.where(nothing, 1, squared(average) * squared(hull)))
+    shortest2, noise = solvers.combined_norm2(gram, hull)
+    nothing = shortest2 <= len(gram) / 4 * noise
+    average2, _ = solvers.combined_norm2(gram, average)
+    lengths = jnp.sqrt(jnp.where(nothing, 1, average2 * shortest2))
     cosine = jnp.clip(average @ gram @ hull / lengths, 0, 1)
-    radius = c * jnp.sqrt(squared(average))
+    radius = c * jnp.sqrt(average2)
     p = solvers.simplex_cone_program(
         gram, (1.5 - cosine) * (gram @ average), cosine * radius, exists
     )
-    weights = average + radius / jnp.sqrt(jnp.where(nothing, 1, squared(p))) * p
+    p2, _ = solvers.combined_norm2(gram, p)
+    weights = average + radius / jnp.sqrt(jnp.where(nothing, 1, p2)) * p
     return jnp.where(nothing, jnp.where(jnp.less(c, 1), average, 0), weights)

@@ -57,11 +57,11 @@ def mmpareto_weights(gram: jax.Array, gamma: jax.typing.ArrayLike = 1.5) -> jax.
     """Weights of :func:`mmpareto`, from the Gram matrix of the task gradients."""
     gram, _ = solvers.normalize_gram(gram)
     exists = tasks.present(gram).astype(gram.dtype)
-    squared = lambda w: jnp.maximum(w @ gram @ w, 0)
     hull = mgda_weights(gram)
     weights = jnp.where(jnp.all(gram >= 0), exists, exists.sum() * hull)
     # Of a vanishing combination rounding errors would be made as long as the sum.
-    noise = 4 * jnp.finfo(gram.dtype).eps * (weights**2 @ jnp.diagonal(gram))
-    found = squared(weights) > len(gram) / 4 * noise
-    ratio = jnp.sqrt(squared(exists) / jnp.where(found, squared(weights), 1))
+    norm2, noise = solvers.combined_norm2(gram, weights)
+    found = norm2 > len(gram) / 4 * noise
+    sum2, _ = solvers.combined_norm2(gram, exists)
+    ratio = jnp.sqrt(sum2 / jnp.where(found, norm2, 1))
     return jnp.where(found, gamma * jnp.maximum(1, ratio) * weights, 0)
