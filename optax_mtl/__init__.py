@@ -29,6 +29,9 @@ from optax_mtl.guards import apply_if_finite as apply_if_finite
 from optax_mtl.guards import apply_updates as apply_updates
 from optax_mtl.guards import checked as checked
 from optax_mtl.guards import zero_nonfinite as zero_nonfinite
+from optax_mtl.in_front import log_losses as log_losses
+from optax_mtl.in_front import per_task as per_task
+from optax_mtl.in_front import reweigh as reweigh
 from optax_mtl.measures import Conflicts as Conflicts
 from optax_mtl.measures import conflicts as conflicts
 from optax_mtl.measures import cosine_similarity as cosine_similarity
@@ -111,6 +114,7 @@ from optax_mtl.methods.robust.geometric_median import (
 )
 from optax_mtl.methods.robust.krum import krum as krum
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
+from optax_mtl.names import group_losses as group_losses
 from optax_mtl.recommend import recommend as recommend
 from optax_mtl.scores import delta_m as delta_m
 from optax_mtl.scores import hypervolume as hypervolume
@@ -118,10 +122,9 @@ from optax_mtl.scores import mean_rank as mean_rank
 from optax_mtl.tasks import GramView as GramView
 from optax_mtl.tasks import combine as combine
 from optax_mtl.tasks import gram as gram
-from optax_mtl.wrappers import log_losses as log_losses
+from optax_mtl.wrappers import fix_weights as fix_weights
 from optax_mtl.wrappers import measure_on as measure_on
 from optax_mtl.wrappers import per_group as per_group
-from optax_mtl.wrappers import per_task as per_task
 from optax_mtl.wrappers import smooth_weights as smooth_weights
 from optax_mtl.wrappers import update_every as update_every
 from optax_mtl.wrappers import with_sharded_parameters as with_sharded_parameters

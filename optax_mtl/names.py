@@ -20,7 +20,10 @@ R = TypeVar("R")
 
 
 def by_name(
-    *per_task: str, of_tasks: Collection[str] = (), at_first: Collection[str] = ()
+    *per_task: str,
+    of_tasks: Collection[str] = (),
+    at_first: Collection[str] = (),
+    some_only: Collection[str] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes options of a factory take the names of the tasks for their numbers.
 
@@ -35,6 +38,7 @@ def by_name(
       of_tasks: options that number a task, or all of them in an order, and which may
         name them.
       at_first: those with one value for each task that decide the initial state.
+      some_only: those of ``per_task`` that may leave tasks out: these have ``None``.
 
     Returns:
       A decorator of the factory of a gradient transformation.
@@ -62,7 +66,7 @@ def by_name(
             }
             if not named:
                 return factory(*args, **kwargs)
-            return _resolved_later(factory, given, named, at_first)
+            return _resolved_later(factory, given, named, at_first, some_only)
 
         return make
 
@@ -80,6 +84,7 @@ def _resolved_later(
     given: dict[str, Any],
     named: dict[str, Any],
     at_first: Collection[str],
+    some_only: Collection[str],
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of a factory whose options are numbered at each update."""
 
@@ -109,7 +114,8 @@ def _resolved_later(
                 f" gradients of {count}"
             )
         numbered = {
-            option: _numbered(option, value, known) for option, value in named.items()
+            option: _numbered(option, value, known, option in some_only)
+            for option, value in named.items()
         }
         for option in numbered:
             if option in at_first and known != sorted(known):
@@ -130,7 +136,9 @@ def _names_in(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _numbered(option: str, value: Any, known: Sequence[str]) -> Any:
+def _numbered(
+    option: str, value: Any, known: Sequence[str], some_only: bool = False
+) -> Any:
     """A dict as the list of its values, a name as its number, names as a list."""
     if len(set(_names_in(value))) < len(_names_in(value)):
         raise ValueError(f"{option} is {value!r}; it should name each task once")
@@ -145,14 +153,64 @@ def _numbered(option: str, value: Any, known: Sequence[str]) -> Any:
     if isinstance(value, str):
         return known.index(value)
     missing = [name for name in known if name not in value]
-    if missing:
+    if missing and not some_only:
         raise ValueError(
             f"{option} leaves out {', '.join(map(repr, missing))}; it should name each"
             f" of the tasks {', '.join(map(repr, known))}"
         )
     if isinstance(value, Mapping):
-        return [value[name] for name in known]
+        return [value.get(name) for name in known]
     return [known.index(name) for name in value]
+
+
+def group_losses(
+    losses: Mapping[str, jax.Array], groups: Mapping[str, Sequence[str]]
+) -> dict[str, jax.Array]:
+    r"""Sums several losses into each task, at the end of ``losses_fn``.
+
+    .. math::
+
+      L_k = \sum_{j \in S_k} l_j
+
+    One backward pass, and one gradient to resolve, for each task and not for each loss:
+    losses that pull together, such as those of the boxes and the classes of a detector,
+    need no method between them.
+
+    Args:
+      losses: by name, scalars.
+      groups: for each task, the names of its losses. Each loss belongs to one task.
+
+    Returns:
+      The losses of the tasks, by name.
+
+    Raises:
+      ValueError: for a loss in no task, in two or in none that exists.
+
+    Examples:
+      >>> import optax_mtl
+      >>> losses = {"boxes": 1.0, "classes": 2.0, "depth": 0.5}
+      >>> groups = {"detection": ["boxes", "classes"], "depth": ["depth"]}
+      >>> print(optax_mtl.group_losses(losses, groups))
+      {'detection': 3.0, 'depth': 0.5}
+    """
+    for task, members in groups.items():
+        if isinstance(members, str) or not members:
+            raise ValueError(
+                f"groups has {members!r} for the task {task!r}, expected a list of"
+                " names of losses, one at least"
+            )
+    grouped = [name for members in groups.values() for name in members]
+    if sorted(grouped) != sorted(losses):
+        raise ValueError(
+            f"groups holds {', '.join(map(repr, sorted(grouped)))}, but the losses are"
+            f" {', '.join(map(repr, sorted(losses)))}; each belongs to one task"
+        )
+    totals = {}
+    for task, (first, *others) in groups.items():
+        totals[task] = losses[first]
+        for name in others:
+            totals[task] += losses[name]
+    return totals
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:

@@ -65,9 +65,15 @@ class GramView:
         self.combine_some = combine_some
         self.compute_apart = compute_apart or compute
 
+    def measured(self) -> "GramView":
+        """The same gradients, measured now, and not again."""
+        return self._known(self.compute())
+
     def apart(self) -> "GramView":
         """The same gradients, measured now, and apart as far as they can be."""
-        matrix = self.compute_apart()
+        return self._known(self.compute_apart())
+
+    def _known(self, matrix: jax.Array) -> "GramView":
         return GramView(self.num_tasks, lambda: matrix, self.combine, self.combine_some)
 
     def refuse(self, reader: str = "this chain") -> NoReturn:

@@ -1,6 +1,7 @@
-"""Transformations around a method or around a whole chain."""
+"""Transformations around a method."""
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,113 +12,92 @@ from optax_mtl import arguments, base, names, tasks
 from optax_mtl.labels import Labels, labels_of, mask_of
 
 
-def per_task(
-    tx: optax.GradientTransformation, num_tasks: int
+@names.by_name("weights", some_only=["weights"])
+def fix_weights(
+    method: optax.GradientTransformationExtraArgs,
+    weights: Sequence[jax.typing.ArrayLike | None] | Mapping[str, jax.typing.ArrayLike],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Applies an Optax transformation to the gradient of each task on its own.
+    r"""Keeps some tasks out of a method, with weights that the user gives.
 
     .. math::
 
-      g_i \leftarrow \operatorname{tx}_i(g_i), \quad i = 1, \ldots, T
+      d = \operatorname{method}(g_i, i \notin F) + \sum_{i \in F} c_i g_i
 
-    Use it in front of a method, where a bare Optax transformation would see one
-    array with a task axis: ``optax.clip_by_global_norm`` would take one norm
-    over all tasks, and ``optax.ema`` would change the shape of its state.
+    Such as a regulariser, or a small auxiliary loss, whose weight is known to be right.
 
     Args:
-      tx: any gradient transformation on the parameters.
-      num_tasks: number of tasks, T; there is one state for each.
+      method: any method, for all T tasks; those of fixed weight are absent to it.
+      weights: :math:`c`, by the names of the tasks that it fixes, or one entry a task
+        with ``None`` for those that the method resolves. 0 leaves a task out.
 
     Returns:
-      A gradient transformation from stacked updates to stacked updates.
+      A gradient transformation that aggregates stacked updates.
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> import optax, optax_mtl
-      >>> clip = optax_mtl.per_task(optax.clip_by_global_norm(1.0), num_tasks=2)
-      >>> params, updates = jnp.zeros(2), jnp.array([[3.0, 4], [0, 0.5]])
-      >>> update, _ = clip.update(updates, clip.init(params), params)
-      >>> print(jnp.array_str(update, precision=2))
-      [[0.6 0.8]
-       [0.  0.5]]
+      >>> import optax_mtl
+      >>> method = optax_mtl.fix_weights(optax_mtl.mgda(), {"kl": 0.1})
+      >>> losses = {"depth": 3.0, "kl": 20.0, "labels": 0.5}
+      >>> updates = jnp.array([[1.0, 0], [5, 5], [0, 1]])
+      >>> print(method.update(updates, method.init(None), losses=losses)[0])
+      [1. 1.]
 
     .. note::
-      A task whose gradient is exactly zero is absent: its update is zero and its
-      state stays as it was, so that the running averages of a task do not decay
-      where its labels are missing. Where a gradient is not finite or too large to
-      be squared, the updates of a transformation that has a state are NaN, and the
-      state stays.
+      The weights are on the scale of the method: where it returns a mean, 1 counts as
+      much as all of its tasks together.
     """
-    arguments.check_count("num_tasks", num_tasks)
-    tx = arguments.as_transformation("tx", tx)
-
-    def init(params):
-        # A weakly typed scalar parameter would make a state of another type.
-        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.result_type(p)), params)
-        # Broadcasting the parameters as well would cost T copies of them.
-        return jax.vmap(lambda _: tx.init(params))(jnp.arange(num_tasks))
-
-    def update(updates, state, params=None, **extra_args):
-        count = tasks.check_stacked(updates, params, num_tasks, reader="per_task")
-        if count is None:
-            return updates, state
-        out, new_state = base.update_tasks(tx, updates, state, params, **extra_args)
-        if jax.tree.leaves(state):
-            # Squares fit, and with them what running averages of them become.
-            finite = base.all_finite(tasks.squared_norms(updates))
-            out = jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan), out)
-            new_state = base.keep_if(finite, new_state, state)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates), new_state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-@names.by_name("min_losses")
-def log_losses(
-    *, min_losses: names.PerTask = 0.0
-) -> optax.GradientTransformationExtraArgs:
-    r"""Turns the gradients of the losses into those of their logarithms.
-
-    .. math::
-
-      g_i \leftarrow \nabla \log (L_i - b_i) = \frac{g_i}{L_i - b_i}
-
-    In front of a method, this makes it indifferent to the units of the losses.
-
-    Args:
-      min_losses: :math:`b`, lower bounds of the losses, one number, shape ``(T,)`` or a
-        dict by name. Below its bound a loss has no logarithm, and its gradient becomes
-        NaN.
-
-    Returns:
-      A gradient transformation from stacked updates to stacked updates that reads
-      the extra argument ``losses``, shape ``(T,)``, above ``min_losses``. A loss of
-      exactly 0, or exactly at its bound, means an absent task.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax, optax_mtl
-      >>> method = optax.chain(optax_mtl.log_losses(), optax_mtl.linear())
-      >>> updates, losses = jnp.array([[4.0, 2], [3, 3]]), jnp.array([2.0, 1])
-      >>> state = method.init(jnp.zeros(2))
-      >>> print(method.update(updates, state, losses=losses)[0])
-      [5. 4.]
-    """
-    arguments.check_range("min_losses", min_losses, "(-inf, inf)")
+    method = arguments.as_transformation("method", method)
+    is_fixed = [weight is not None for weight in weights]
+    if not any(is_fixed):
+        raise ValueError("weights fix none of the tasks: take the method without them")
+    constant = [0 if weight is None else weight for weight in weights]
+    for weight in constant:
+        arguments.check_range("weights", weight, "(-inf, inf)")
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
-        del extra_args
         count = tasks.check_stacked(updates, params, gram_suffices=True)
         if count is None:
             return updates, state
-        above = base.losses_above(tasks.stack_losses(losses, count), min_losses)
-        return tasks.scale_tasks(base.reciprocal(above), updates), state
+        if count != len(is_fixed):
+            raise ValueError(
+                f"weights have {len(is_fixed)} entries, expected one for each of the"
+                f" {count} tasks: None for those that the method resolves"
+            )
+        fixed = jnp.array(is_fixed)
+        if losses is not None:
+            vector = tasks.stack_losses(losses, count)
+            losses = tasks.unstack_losses(jnp.where(fixed, 0, vector), losses)
+        extra_args["losses"] = losses
+        values = jnp.stack([jnp.asarray(x, float) for x in constant])
+        if isinstance(updates, tasks.GramView):
+            view = _beside(updates, fixed, values)
+            return method.update(view, state, params, **extra_args)
+        rest = tasks.drop_tasks(~fixed, updates)
+        out, new_state = method.update(rest, state, params, **extra_args)
+        out = jax.tree.map(jnp.add, out, tasks.combine(values, updates))
+        return out, base.keep_if(base.all_finite(out), new_state, state)
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(method.init, update)
+
+
+def _beside(
+    view: tasks.GramView, fixed: jax.Array, values: jax.Array
+) -> tasks.GramView:
+    """A view of the other tasks, to whose combination those of fixed weight come."""
+    others = jnp.outer(~fixed, ~fixed)
+    weights_of = lambda weights: jnp.where(fixed, values, weights)
+    some = view.combine_some
+    return tasks.GramView(
+        view.num_tasks,
+        lambda: jnp.where(others, view.compute(), 0),
+        lambda weights: view.combine(weights_of(weights)),
+        some and (lambda weights, keep: some(weights_of(weights), keep | fixed)),
+        lambda: jnp.where(others, view.compute_apart(), 0),
+    )
 
 
 @contextlib.contextmanager
-def _weights_alone(wrapper):
+def weights_alone(wrapper):
     """Says that no way to get gradients helps a method that reads them in there."""
     try:
         yield
@@ -129,11 +109,11 @@ def _weights_alone(wrapper):
         ) from error
 
 
-def _weigh(wrapper, method, count, updates, state, **extra_args):
+def weigh(wrapper, method, count, updates, state, **extra_args):
     """The weights of a method, which tasks are present, and its new state."""
 
     def call(compute, state):
-        with _weights_alone(wrapper):
+        with weights_alone(wrapper):
             return method.update(tasks.GramView(count, compute), state, **extra_args)
 
     asked = []
@@ -219,7 +199,7 @@ def smooth_weights(
         count = tasks.check_stacked(updates, params, num_tasks, gram_suffices=True)
         if count is None:
             return updates, state
-        weights, exists, inner = _weigh(
+        weights, exists, inner = weigh(
             "smooth_weights", method, count, updates, state.inner, **extra_args
         )
         average = decay * state.weights + (1 - decay) * weights
@@ -300,7 +280,7 @@ def update_every(
             return updates, state
 
         def compute():
-            weights, exists, inner = _weigh(
+            weights, exists, inner = weigh(
                 "update_every", method, count, updates, state.inner, **extra_args
             )
             weights = weights.astype(state.weights.dtype)
@@ -427,7 +407,7 @@ def measure_on(
                 weights, tasks.drop_tasks(keep, updates)
             ),
         )
-        with _weights_alone("measure_on"):
+        with weights_alone("measure_on"):
             return method.update(view, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(method.init, update)
@@ -495,7 +475,7 @@ def with_sharded_parameters(
             return jax.lax.psum(gram(split), axis_name) + gram(whole)
 
         view = tasks.GramView(count, compute)
-        with _weights_alone("with_sharded_parameters"):
+        with weights_alone("with_sharded_parameters"):
             weights, new_state = method.update(view, state, **extra_args)
         out = tasks.combine(weights, updates)
         # All devices agree on the state, too.

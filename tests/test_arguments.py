@@ -231,11 +231,13 @@ OTHERS = {
     "apply_if_finite": {"max_consecutive_errors": COUNT_FROM_0},
     "checked": {},
     "eagc": {"strength": AT_LEAST_0, "anchor": AT_LEAST_0},
+    "fix_weights": {"weights": [[INF], [None, NAN], [], *([x] for x in NOT_NUMBERS)]},
     "log_losses": {"min_losses": FINITE},
     "measure_on": {},
     "multi_steps": {"every_k": COUNT, "num_tasks": COUNT, "one_task_each": FLAG},
     "per_group": {},
     "per_task": {"num_tasks": COUNT},
+    "reweigh": {},
     "scale_by_agreement": {
         "measure": CHOICE,
         "rule": CHOICE,
@@ -281,6 +283,7 @@ UNRESTRICTED = {
 FACTORIES = METHODS | OTHERS
 PLACEHOLDERS = {
     "num_tasks": 2,
+    "weights": [1.0, None],
     "tx": optax.identity(),
     "method": optax_mtl.linear(),
     "every_k": 2,
@@ -330,12 +333,12 @@ def test_the_tables_name_every_argument():
 def test_values_outside_the_range_are_refused_by_name(name):
     make(name)
     for argument, values in FACTORIES[name].items():
-        named = "preference" if argument == "weights" else argument
+        names = [argument, "preference"] if argument == "weights" else [argument]
         for value in values:
             try:
                 make(name, **{argument: value})
             except (TypeError, ValueError) as error:
-                assert named in str(error), (argument, value, error)
+                assert any(x in str(error) for x in names), (argument, value, error)
             else:
                 raise AssertionError(f"{name}({argument}={value!r}) was taken")
 

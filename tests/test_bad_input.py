@@ -186,6 +186,8 @@ NOT_CALLED = {
     ),
     "per_task": lambda tx: optax_mtl.per_task(tx, 2),
     "per_group": lambda tx: optax_mtl.per_group(tx, {"w": "a"}),
+    "reweigh": optax_mtl.reweigh,
+    "fix_weights": lambda tx: optax_mtl.fix_weights(tx, [None, 1.0]),
     "smooth_weights": lambda tx: optax_mtl.smooth_weights(tx, 2),
     "update_every": lambda tx: optax_mtl.update_every(tx, 2, 2),
     "sharded": lambda tx: optax_mtl.with_sharded_parameters(tx, "data"),

@@ -66,6 +66,12 @@ HEADS = {
     "smooth_weights": optax_mtl.smooth_weights(optax_mtl.inverse_norm(), T),
     "update_every": optax_mtl.update_every(optax_mtl.inverse_norm(), 2, T),
     "log_losses": optax.chain(optax_mtl.log_losses(), optax_mtl.inverse_norm()),
+    "reweigh": optax.chain(
+        optax_mtl.reweigh(optax_mtl.dwa(T)), optax_mtl.inverse_norm()
+    ),
+    "fix_weights": optax_mtl.fix_weights(
+        optax_mtl.inverse_norm(), [0.5] + [None] * (T - 1)
+    ),
     "gls": optax_mtl.gls(),
 }
 

@@ -64,6 +64,10 @@ VARIANTS = {
     "cone": lambda: optax_mtl.priority_projection(mode="cone"),
     "complement": lambda: optax_mtl.priority_projection(mode="always"),
     "log_losses": lambda: optax.chain(optax_mtl.log_losses(), optax_mtl.linear()),
+    "reweigh": lambda: optax.chain(
+        optax_mtl.reweigh(optax_mtl.famo(3)), optax_mtl.cagrad()
+    ),
+    "fix_weights": lambda: optax_mtl.fix_weights(optax_mtl.famo(3), [None, 0.1, None]),
     "per_task": lambda: optax.chain(
         optax_mtl.per_task(optax.scale_by_adam(), 3), optax_mtl.linear()
     ),

@@ -26,6 +26,12 @@ WRAPPED = {
         optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()), T
     ),
     "per_group": lambda: optax_mtl.per_group(optax_mtl.modo(T), lambda path: path),
+    "reweigh": lambda: optax.chain(
+        optax_mtl.reweigh(optax_mtl.modo(T)), optax_mtl.mgda()
+    ),
+    "fix_weights": lambda: optax_mtl.fix_weights(
+        optax_mtl.modo(T), [None] * (T - 1) + [0.1]
+    ),
     "smooth_weights": lambda: optax_mtl.smooth_weights(optax_mtl.mgda(), T),
     "update_every": lambda: optax_mtl.update_every(optax_mtl.mgda(), 2, T),
     "scale_by_agreement": lambda: optax_mtl.scale_by_agreement(_adam()),

@@ -76,6 +76,10 @@ WRAPPED = {
     "adam_without_momentum": lambda: optax_mtl.adatask(3, b1=0.0),
     "ema": lambda: optax_mtl.per_task(optax.ema(0.9), 3),
     "loss_tracking": lambda: optax_mtl.moco(3, normalize="loss"),
+    "reweighed": lambda: optax.chain(
+        optax_mtl.reweigh(optax_mtl.famo(3)), optax_mtl.mgda()
+    ),
+    "fixed": lambda: optax_mtl.fix_weights(optax_mtl.modo(3), [None, None, 0.5]),
     "smooth": lambda: optax_mtl.smooth_weights(optax_mtl.mgda(), 3),
     "every": lambda: optax_mtl.update_every(optax_mtl.mgda(), 2, 3),
     "group": lambda: optax_mtl.per_group(

@@ -189,6 +189,16 @@ def missing_labels(code):
     assert mean(errors, jnp.zeros(3)) == 0
 
 
+def balanced_first(code):
+    """Learned weights that are equal at first: the step of CAGrad alone."""
+    steps = []
+    for tx in (run(code)["tx"], optax.chain(optax_mtl.cagrad(), optax.adamw(1e-3))):
+        optax_mtl.check(tx, PARAMS, num_tasks=T)
+        losses, grads = optax_mtl.value_and_task_grads(losses_fn)(PARAMS, BATCH)
+        steps.append(tx.update(grads, tx.init(PARAMS), PARAMS, losses=losses)[0])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3), *steps)
+
+
 def heads_of_nnx(code):
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
@@ -337,6 +347,7 @@ CHECKS = [
     own_method_tried,
     whole_chain,
     missing_labels,
+    balanced_first,
     heads_of_nnx,
     equinox_model,
     haiku_model,

@@ -18,6 +18,8 @@ WRAPPED = {
     "update_every": optax_mtl.update_every(BLIND, 1, 2),
     "per_group": optax_mtl.per_group(BLIND, lambda path: "all"),
     "chain": optax.chain(optax_mtl.log_losses(), BLIND),
+    "reweigh": optax.chain(optax_mtl.reweigh(BLIND), optax_mtl.linear()),
+    "fix_weights": optax_mtl.fix_weights(BLIND, [0.5, None]),
     "scale_by_agreement": optax_mtl.scale_by_agreement(BLIND),
     "with_sharded_parameters": optax_mtl.with_sharded_parameters(BLIND, "shard"),
 }

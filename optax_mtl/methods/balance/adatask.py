@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mtl import arguments, base, coordinates, tasks
-from optax_mtl.wrappers import per_task
+from optax_mtl.in_front import per_task
 
 
 def adatask(
