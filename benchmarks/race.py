@@ -8,6 +8,7 @@ at a time, and by a loop of jitted steps for each run, compiled once for each me
 """
 
 import argparse
+import functools
 import time
 
 import jax
@@ -59,32 +60,42 @@ def race(num_steps, chunk, num_rates):
     return time.perf_counter() - start, result.seconds.sum() * runs * num_steps, result
 
 
-def loops(num_steps, num_rates, num_seeds=3):
-    """As ``race``, by training loops."""
+def loops(num_steps, num_rates, once, num_seeds=3):
+    """As ``race``, by training loops whose step is compiled once for each method.
+
+    Not ``once``: for each run, as by a script that a sweep calls with its settings.
+    """
     began, seconds = time.perf_counter(), 0.0
-    shared = lambda path: "heads" not in path
     for name in ("linear", *METHODS):
-        method = optax_mtl.get(name, num_tasks=3)
-        resolve = optax_mtl.value_and_grad(losses_fn, method, shared=shared)
-
-        @jax.jit
-        def step(params, state, opt_state, rate, key, number, resolve=resolve):
-            batch = batch_fn(key, number)
-            _, grads, state = resolve(params, state, batch)
-            updates, opt_state = optax.adam(rate).update(grads, opt_state)
-            return optax.apply_updates(params, updates), state, opt_state
-
+        step_of = functools.cache(stepper)
         for rate in np.geomspace(1e-3, 3e-2, num_rates):
             for seed in range(num_seeds):
-                params = init_fn(jax.random.key(seed))
+                step, resolve = (step_of if once else stepper)(name)
+                params, key = init_fn(jax.random.key(seed)), jax.random.key(seed)
                 carry = params, resolve.init(params), optax.adam(rate).init(params)
-                carry = step(*carry, rate, jax.random.key(seed), 0)  # Compiles once.
+                carry = step(*carry, rate, key, 0)  # Compiles.
                 start = time.perf_counter()
                 for number in range(1, num_steps):
-                    carry = step(*carry, rate, jax.random.key(seed), number)
+                    carry = step(*carry, rate, key, number)
                 jax.block_until_ready(carry)
                 seconds += time.perf_counter() - start
     return time.perf_counter() - began, seconds
+
+
+def stepper(name):
+    """A jitted step of a method, and what gets its gradients."""
+    method = optax_mtl.get(name, num_tasks=3)
+    shared = lambda path: "heads" not in path
+    resolve = optax_mtl.value_and_grad(losses_fn, method, shared=shared)
+
+    @jax.jit
+    def step(params, state, opt_state, rate, key, number):
+        batch = batch_fn(key, number)
+        _, grads, state = resolve(params, state, batch)
+        updates, opt_state = optax.adam(rate).update(grads, opt_state)
+        return optax.apply_updates(params, updates), state, opt_state
+
+    return step, resolve
 
 
 def main():
@@ -93,16 +104,23 @@ def main():
     parser.add_argument("--learning-rates", type=int, default=4)
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-    loop = loops(args.num_steps, args.learning_rates)
+    sweep, loop = (
+        loops(args.num_steps, args.learning_rates, once) for once in (False, True)
+    )
     *one, _ = race(args.num_steps, 1, args.learning_rates)
     *together, result = race(args.num_steps, None, args.learning_rates)
     print("| | with compiling, s | steps alone, s |")
     print("|---|---|---|")
-    print(f"| training loops | {loop[0]:.1f} | {loop[1]:.1f} |")
-    print(f"| `compare`, one run at a time | {one[0]:.1f} | {one[1]:.1f} |")
-    print(f"| `compare` | {together[0]:.1f} | {together[1]:.1f} |")
-    ratios = [x / y for x, y in zip(together, loop)]
-    print(f"| over training loops | {ratios[0]:.2f} | {ratios[1]:.2f} |\n")
+    for title, row in {
+        "one run after the other": sweep,
+        "the same, each method compiled once": loop,
+        "`compare`, one run at a time": one,
+        "`compare`": together,
+    }.items():
+        print(f"| {title} | {row[0]:.1f} | {row[1]:.1f} |")
+    for title, row in (("runs", sweep), ("runs compiled once", loop)):
+        ratios = [x / y for x, y in zip(together, row)]
+        print(f"| over {title} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
     print(result)
 
 
