@@ -116,6 +116,9 @@ from optax_mtl.methods.robust.krum import krum as krum
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
 from optax_mtl.names import group_losses as group_losses
 from optax_mtl.recommend import recommend as recommend
+from optax_mtl.record import Record as Record
+from optax_mtl.record import record_conflicts as record_conflicts
+from optax_mtl.record import recorded as recorded
 from optax_mtl.scores import delta_m as delta_m
 from optax_mtl.scores import hypervolume as hypervolume
 from optax_mtl.scores import mean_rank as mean_rank

@@ -94,7 +94,7 @@ def conflicts(gram: jax.Array, names: Any = None) -> Conflicts:
       <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020, for conflicting pairs.
     """
     _check_gram(gram, "conflicts")
-    known = _names_for(names, len(gram))
+    known = names_for(names, len(gram))
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
     exists = norms != 0  # NaN is not absent.
     cosines = cosine_similarity(gram)
@@ -115,7 +115,7 @@ def conflicts(gram: jax.Array, names: Any = None) -> Conflicts:
     )
 
 
-def _names_for(names: Any, num_tasks: int) -> tuple[str, ...]:
+def names_for(names: Any, num_tasks: int) -> tuple[str, ...]:
     """The names in a dict of losses or a sequence of text; none of anything else."""
     if names is None:
         return ()

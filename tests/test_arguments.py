@@ -237,6 +237,7 @@ OTHERS = {
     "multi_steps": {"every_k": COUNT, "num_tasks": COUNT, "one_task_each": FLAG},
     "per_group": {},
     "per_task": {"num_tasks": COUNT},
+    "record_conflicts": {"num_tasks": COUNT, "decay": UNIT, "every": COUNT},
     "reweigh": {},
     "scale_by_agreement": {
         "measure": CHOICE,

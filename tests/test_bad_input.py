@@ -187,6 +187,7 @@ NOT_CALLED = {
     "per_task": lambda tx: optax_mtl.per_task(tx, 2),
     "per_group": lambda tx: optax_mtl.per_group(tx, {"w": "a"}),
     "reweigh": optax_mtl.reweigh,
+    "record_conflicts": lambda tx: optax_mtl.record_conflicts(2, tx),
     "fix_weights": lambda tx: optax_mtl.fix_weights(tx, [None, 1.0]),
     "smooth_weights": lambda tx: optax_mtl.smooth_weights(tx, 2),
     "update_every": lambda tx: optax_mtl.update_every(tx, 2, 2),

@@ -72,6 +72,10 @@ HEADS = {
     "fix_weights": optax_mtl.fix_weights(
         optax_mtl.inverse_norm(), [0.5] + [None] * (T - 1)
     ),
+    "record_conflicts": optax.chain(
+        optax_mtl.record_conflicts(T), optax_mtl.inverse_norm()
+    ),
+    "recorded_method": optax_mtl.record_conflicts(T, optax_mtl.dwa(T), every=2),
     "gls": optax_mtl.gls(),
 }
 

@@ -64,6 +64,10 @@ VARIANTS = {
     "cone": lambda: optax_mtl.priority_projection(mode="cone"),
     "complement": lambda: optax_mtl.priority_projection(mode="always"),
     "log_losses": lambda: optax.chain(optax_mtl.log_losses(), optax_mtl.linear()),
+    "record_conflicts": lambda: optax.chain(
+        optax_mtl.record_conflicts(3, every=2), optax_mtl.cagrad()
+    ),
+    "recorded_method": lambda: optax_mtl.record_conflicts(3, optax_mtl.famo(3)),
     "reweigh": lambda: optax.chain(
         optax_mtl.reweigh(optax_mtl.famo(3)), optax_mtl.cagrad()
     ),

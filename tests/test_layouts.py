@@ -32,6 +32,10 @@ WRAPPED = {
     "fix_weights": lambda: optax_mtl.fix_weights(
         optax_mtl.modo(T), [None] * (T - 1) + [0.1]
     ),
+    "record_conflicts": lambda: optax.chain(optax_mtl.record_conflicts(T), _adam()),
+    "recorded_method": lambda: optax_mtl.record_conflicts(
+        T, optax_mtl.modo(T), every=2
+    ),
     "smooth_weights": lambda: optax_mtl.smooth_weights(optax_mtl.mgda(), T),
     "update_every": lambda: optax_mtl.update_every(optax_mtl.mgda(), 2, T),
     "scale_by_agreement": lambda: optax_mtl.scale_by_agreement(_adam()),

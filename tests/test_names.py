@@ -180,6 +180,7 @@ WRAPPERS = {
     "apply_if_finite": lambda method: optax_mtl.apply_if_finite(method, 3),
     "fix_weights": lambda method: optax_mtl.fix_weights(method, {LISTED[0]: 2.0}),
     "reweigh": lambda method: optax.chain(optax_mtl.reweigh(method), optax_mtl.mgda()),
+    "record_conflicts": lambda method: optax_mtl.record_conflicts(3, method),
     "smooth_weights": lambda method: optax_mtl.smooth_weights(method, 3),
     "update_every": lambda method: optax_mtl.update_every(method, 2, 3),
     "per_group": lambda method: optax_mtl.per_group(method, "all"),

@@ -80,6 +80,7 @@ WRAPPED = {
         optax_mtl.reweigh(optax_mtl.famo(3)), optax_mtl.mgda()
     ),
     "fixed": lambda: optax_mtl.fix_weights(optax_mtl.modo(3), [None, None, 0.5]),
+    "recorded": lambda: optax_mtl.record_conflicts(3, optax_mtl.modo(3)),
     "smooth": lambda: optax_mtl.smooth_weights(optax_mtl.mgda(), 3),
     "every": lambda: optax_mtl.update_every(optax_mtl.mgda(), 2, 3),
     "group": lambda: optax_mtl.per_group(

@@ -20,6 +20,7 @@ WRAPPED = {
     "chain": optax.chain(optax_mtl.log_losses(), BLIND),
     "reweigh": optax.chain(optax_mtl.reweigh(BLIND), optax_mtl.linear()),
     "fix_weights": optax_mtl.fix_weights(BLIND, [0.5, None]),
+    "record_conflicts": optax_mtl.record_conflicts(2, BLIND),
     "scale_by_agreement": optax_mtl.scale_by_agreement(BLIND),
     "with_sharded_parameters": optax_mtl.with_sharded_parameters(BLIND, "shard"),
 }
