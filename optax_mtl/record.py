@@ -56,8 +56,9 @@ def record_conflicts(
 
       \bar c_t = \frac{\sum_{s \le t} a^{t - s} c_s}{\sum_{s \le t} a^{t - s}}
 
-    for each figure :math:`c` of :func:`conflicts`, over the steps in which its tasks have
-    a gradient. A link in front of a method, which passes on what it gets; or around a method, whose weights it then records as well.
+    for each figure :math:`c` of :func:`conflicts`, over the steps in which its tasks
+    have a gradient. A link in front of a method, which passes on what it gets; or
+    around a method, whose weights it then records as well.
     :func:`recorded` reads the state back.
 
     Args:
