@@ -34,7 +34,11 @@ from optax_mtl.in_front import per_task as per_task
 from optax_mtl.in_front import reweigh as reweigh
 from optax_mtl.measures import Conflicts as Conflicts
 from optax_mtl.measures import conflicts as conflicts
+from optax_mtl.measures import conflicts_by_group as conflicts_by_group
 from optax_mtl.measures import cosine_similarity as cosine_similarity
+from optax_mtl.measures import dominance as dominance
+from optax_mtl.measures import magnitude_similarity as magnitude_similarity
+from optax_mtl.measures import update_cosines as update_cosines
 from optax_mtl.methods.balance.adatask import adatask as adatask
 from optax_mtl.methods.balance.db_mtl import db_mtl as db_mtl
 from optax_mtl.methods.balance.energy_gate import energy_gate as energy_gate

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from optax_mtl import report, tasks
+from optax_mtl import report, solvers, tasks
+from optax_mtl.labels import Labels, labels_of
 
 
 def cosine_similarity(gram: jax.Array) -> jax.Array:
@@ -113,6 +115,151 @@ def conflicts(gram: jax.Array, names: Any = None) -> Conflicts:
         ),
         names=known,
     )
+
+
+def conflicts_by_group(
+    updates: optax.Updates, labels: Labels | None = None, names: Any = None
+) -> dict[str, Conflicts]:
+    """How much the gradients conflict in each layer or block on its own.
+
+    Args:
+      updates: stacked gradients, leaves of shape ``(T, *p)``.
+      labels: the group of each parameter: a tree of names, a function of the path of a
+        parameter, such as ``"encoder/layer_1/kernel"``, or one of the parameters to
+        such a tree. By default each parameter is a group, named by its path.
+      names: of the tasks, as in :func:`conflicts`.
+
+    Returns:
+      What :func:`conflicts` says of each group, by name, in the order of the
+      parameters.
+
+    Raises:
+      TypeError: for a :class:`GramView`, which is one of all parameters.
+      ValueError: for labels of another structure.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> updates = {"trunk": jnp.eye(2), "last": jnp.array([[1.0], [-3]])}
+      >>> for group, report in optax_mtl.conflicts_by_group(updates).items():
+      ...     print(group, report.min_cosine)
+      last -1.0
+      trunk 0.0
+    """
+    tasks.check_stacked(updates, reader="conflicts_by_group")
+    groups = labels_of(updates, labels or (lambda path: path), "labels")
+    leaves: dict[str, list[jax.Array]] = {}
+    for group, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(updates)):
+        leaves.setdefault(group, []).append(leaf)
+    return {group: conflicts(tasks.gram(x), names) for group, x in leaves.items()}
+
+
+def magnitude_similarity(gram: jax.Array) -> jax.Array:
+    r"""How alike the norms of the gradients of each two tasks are.
+
+    .. math::
+
+      \Phi_{ij} = \frac{2 \|g_i\| \|g_j\|}{\|g_i\|^2 + \|g_j\|^2}
+
+    Args:
+      gram: shape ``(T, T)``, as returned by :func:`gram`.
+
+    Returns:
+      Array of shape ``(T, T)``: 1 for equal norms, towards 0 where one dwarfs the
+      other, and 0 for an absent task.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> gram = jnp.array([[1.0, 0], [0, 9]])
+      >>> print(jnp.array_str(optax_mtl.magnitude_similarity(gram), precision=2))
+      [[1.  0.6]
+       [0.6 1. ]]
+
+    References:
+      Yu et al, `Gradient Surgery for Multi-Task Learning
+      <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020
+    """
+    _check_gram(gram, "magnitude_similarity")
+    squares = jnp.maximum(jnp.diagonal(gram), 0)
+    larger = jnp.maximum(squares[:, None], squares[None])
+    smaller = jnp.minimum(squares[:, None], squares[None])
+    ratio = smaller / jnp.where(larger > 0, larger, 1)
+    return 2 * jnp.sqrt(ratio) / (1 + ratio)
+
+
+def dominance(gram: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    r"""Share of each task in the update.
+
+    .. math::
+
+      s_i = \frac{\langle w_i g_i, d \rangle}{\|d\|^2}, \quad d = \sum_j w_j g_j
+
+    Args:
+      gram: shape ``(T, T)``, as returned by :func:`gram`.
+      weights: of the tasks in the update, shape ``(T,)``, such as a method makes; by
+        default those of the plain sum.
+
+    Returns:
+      Array of shape ``(T,)`` that sums to 1: negative for a task that the update works
+      against, and 0 for all where the update vanishes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> gram = optax_mtl.gram(jnp.array([[3.0, 0], [-1, 1]]))
+      >>> print(jnp.array_str(optax_mtl.dominance(gram), precision=2))
+      [ 1.2 -0.2]
+    """
+    products, norm2 = _update_of(gram, weights, "dominance")
+    shares = products if weights is None else weights * products
+    return jnp.where(norm2 > 0, shares / jnp.where(norm2 > 0, norm2, 1), 0)
+
+
+def update_cosines(gram: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    r"""Cosine between the update and the gradient of each task.
+
+    .. math::
+
+      c_i = \frac{\langle g_i, d \rangle}{\|g_i\| \|d\|}, \quad d = \sum_j w_j g_j
+
+    Args:
+      gram: shape ``(T, T)``, as returned by :func:`gram`.
+      weights: of the tasks in the update, shape ``(T,)``; by default those of the plain
+        sum.
+
+    Returns:
+      Array of shape ``(T,)``: negative for a task whose loss the update raises, and 0
+      for an absent task or an update that vanishes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_mtl
+      >>> gram = optax_mtl.gram(jnp.array([[3.0, 0], [-1, 1]]))
+      >>> print(jnp.array_str(optax_mtl.update_cosines(gram), precision=2))
+      [ 0.89 -0.32]
+      >>> weights = optax_mtl.weights.mgda(gram)
+      >>> print(jnp.array_str(optax_mtl.update_cosines(gram, weights), precision=2))
+      [0.24 0.51]
+    """
+    products, norm2 = _update_of(gram, weights, "update_cosines")
+    lengths = jnp.sqrt(jnp.diagonal(gram) / _scale(gram) * norm2)
+    return jnp.where(lengths > 0, products / jnp.where(lengths > 0, lengths, 1), 0)
+
+
+def _update_of(
+    gram: jax.Array, weights: jax.Array | None, name: str
+) -> tuple[jax.Array, jax.Array]:
+    """Inner products with the update, and its squared norm; 0 if it is rounding."""
+    _check_gram(gram, name)
+    weights = jnp.ones(len(gram)) if weights is None else weights
+    gram = gram / _scale(gram)
+    norm2, noise = solvers.combined_norm2(gram, weights)
+    return gram @ weights, jnp.where(norm2 > noise, norm2, 0)
+
+
+def _scale(gram: jax.Array) -> jax.Array:
+    return jnp.where(jnp.trace(gram) > 0, jnp.trace(gram), 1)
 
 
 def names_for(names: Any, num_tasks: int) -> tuple[str, ...]:
