@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import optax_mtl
+from optax_mtl import plots
 
 METHODS = "linear pcgrad cagrad mgda nash_mtl upgrad aligned_mtl sam_gs".split()
 STARTS = [(-8, 5), (-3, 7.5), (0, 10), (3, 7.5), (8, 5), (-10, -3), (10, -3)]
@@ -50,17 +51,6 @@ def descend(method, steps):
     return jax.jit(jax.vmap(run))(jnp.array(STARTS, jnp.float32))
 
 
-def plot_paths(ax, paths):
-    a, b = np.meshgrid(np.linspace(-11, 11, 200), np.linspace(-11, 11, 200))
-    points = jnp.asarray(np.stack([a.ravel(), b.ravel()], axis=1))
-    total = jax.vmap(toy_losses)(points).sum(axis=1).reshape(a.shape)
-    ax.contour(a, b, total, levels=25, cmap="Greys_r", linewidths=0.5)
-    for path, color in zip(paths, plt.colormaps["plasma"](np.linspace(0.1, 0.85, 7))):
-        ax.plot(*path.T, color=color, linewidth=1.6)
-        ax.plot(*path[0], "o", color=color, markersize=5)
-        ax.plot(*path[-1], "*", color="black", markersize=11, zorder=3)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=METHODS)
@@ -80,7 +70,8 @@ def main():
         sums = np.asarray(jax.vmap(toy_losses)(paths[:, -1]).sum(axis=1))
         reached = int(np.sum(sums < -30.1))
         print(f"{name:16} {reached} of 7 arrive; sums {np.round(sums, 2)}", flush=True)
-        plot_paths(ax, np.concatenate([np.array(STARTS)[:, None], paths], axis=1))
+        paths = np.concatenate([np.array(STARTS)[:, None], paths], axis=1)
+        plots.paths(toy_losses, paths, ax=ax)
         ax.set_title(f"{name}: {reached} of {len(STARTS)} arrive", fontsize=11)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(args.out, dpi=110)
