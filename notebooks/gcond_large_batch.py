@@ -13,8 +13,6 @@
 # ---
 
 # %% [markdown]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/optax_mtl/blob/main/notebooks/gcond_large_batch.ipynb)
-#
 # # Two losses, large batches: GCond
 #
 # A masked autoencoder draws what it does not see, and two losses judge it: the absolute
@@ -26,11 +24,13 @@
 
 # %%
 # Installs the library on Colab, and nothing that could replace Colab's own JAX.
+import pathlib
 import subprocess
 import sys
 
 if "google.colab" in sys.modules:
-    source = "git+https://github.com/OWNER/optax_mtl"
+    in_checkout = pathlib.Path("../pyproject.toml").exists()
+    source = ".." if in_checkout else "optax-mtl"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "optax>=0.2.8", source], check=True)
 

@@ -15,8 +15,6 @@
 # ---
 
 # %% [markdown]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/optax_mtl/blob/main/notebooks/quickstart.ipynb)
-#
 # # From a plain Optax loop to a resolved one
 #
 # One network learns three tasks at once. We train it on the sum of the losses, look
@@ -26,11 +24,13 @@
 
 # %%
 # Installs the library on Colab, and nothing that could replace Colab's own JAX.
+import pathlib
 import subprocess
 import sys
 
 if "google.colab" in sys.modules:
-    source = "git+https://github.com/OWNER/optax_mtl"
+    in_checkout = pathlib.Path("../pyproject.toml").exists()
+    source = ".." if in_checkout else "optax-mtl"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "optax>=0.2.8", source], check=True)
 

@@ -6,11 +6,14 @@ alone: it runs as for users.
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jupytext
 import pytest
+
+from docs import address
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -47,8 +50,33 @@ def test_is_in_step_with_its_notebook(script):
 def test_opens_on_colab_without_replacing_jax(script):
     notebook = jupytext.read(script.with_suffix(".ipynb"))
     first, install = notebook.cells[:2]
-    assert first.source.startswith("[![Open in Colab]")
-    assert f"notebooks/{script.stem}.ipynb" in first.source
+    assert first.cell_type == "markdown"
     assert "google.colab" in install.source and "--no-deps" in install.source
     assert notebook.metadata.accelerator in ("GPU", "TPU")
     assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_the_address_is_everywhere_or_nowhere():
+    """As pyproject.toml has it; no placeholder reaches a reader."""
+    where = address.repository()
+    for script in SCRIPTS:
+        text = script.read_text()
+        assert text == address.with_badge(text, script.stem, where), (
+            "run: python -m docs.address"
+        )
+        assert ("Open in Colab" in text) == (where is not None)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert citation == address.with_code(citation, where), "run: python -m docs.address"
+    for pattern in ("*.md", "docs/*.md", "examples/*/*.md", "notebooks/*.*"):
+        for path in ROOT.glob(pattern):
+            assert not re.search("[A-Z]+/optax_mtl", path.read_text()), path
+
+
+def test_a_badge_for_an_address():
+    script = "# %% [markdown]\n# # Title\n"
+    with_it = address.with_badge(script, "quickstart", "https://github.com/me/mine")
+    assert "github/me/mine/blob/main/notebooks/quickstart.ipynb)" in with_it
+    assert address.with_badge(with_it, "quickstart", None) == script
+    assert address.with_badge(with_it, "quickstart", "https://github.com/me/mine") == (
+        with_it
+    )
