@@ -1,9 +1,11 @@
 """Conflicts kept in the state of a chain, and read back from it."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_mtl import arguments, base, measures, report, tasks
@@ -38,6 +40,42 @@ class Record(NamedTuple):
     conflicting: jax.Array  # Share of these with a negative cosine, shape `(T, T)`.
     weights: jax.Array | None  # That the method used in the last step, `(T,)`.
     mean_weights: jax.Array | None  # Their running means.
+
+    def scalars(self) -> dict[str, float]:
+        """The figures of the last step by name, for any logger of numbers.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> import optax_mtl
+          >>> recorder = optax_mtl.record_conflicts(2)
+          >>> state = recorder.init(None)
+          >>> _, state = recorder.update(jnp.array([[3.0, 4], [0, 2]]), state)
+          >>> record = optax_mtl.recorded(state, names=["main", "aux"])
+          >>> for name, value in record.scalars().items():
+          ...     print(f"{name}: {value:.2f}")
+          min_cosine: 0.80
+          conflicting: 0.00
+          alignment: 0.96
+          norm/main: 5.00
+          norm/aux: 2.00
+          cosine/main,aux: 0.80
+        """
+        last = self.last
+        names = last.names or tuple(map(str, range(len(last.norms))))
+        found = {
+            name: float(getattr(last, name))
+            for name in ("min_cosine", "conflicting", "alignment")
+        }
+        found |= {
+            f"norm/{name}": float(x) for name, x in zip(names, np.asarray(last.norms))
+        }
+        cosines = np.asarray(last.cosines)
+        for i, j in itertools.combinations(range(len(names)), 2):
+            found[f"cosine/{names[i]},{names[j]}"] = float(cosines[i, j])
+        if self.weights is not None:
+            weights = zip(names, np.asarray(self.weights))
+            found |= {f"weight/{name}": float(x) for name, x in weights}
+        return found
 
     def __repr__(self):
         return f"{self.last}\nmeans, of {self.seen.max()} steps:\n{self.mean}"
