@@ -1,6 +1,7 @@
 # make demo    train the quickstart example: a table and a figure, in minutes
 # make test    lint, types, tests and doctests
 # make bench   time the methods against the plain sum and installed peers
+# make docs    build the documentation: docs/_build/html/index.html
 # make lint    format check, lint and types only
 # make clean   remove environment, caches and results
 #
@@ -24,7 +25,7 @@ ifneq ($(shell $(BIN)/python $(VERSION)), $(shell $(PYTHON) $(VERSION)))
 endif
 endif
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench docs lint clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.quickstart.train
@@ -34,6 +35,10 @@ test: lint
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.resolve
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --quiet docs docs/_build/html
+	@echo 'the pages: docs/_build/html/index.html'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --quiet
@@ -51,5 +56,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv --clear $(VENV)
 
 clean:
+	rm -rf docs/_build docs/generated docs/methods docs/gallery
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

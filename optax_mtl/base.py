@@ -124,7 +124,7 @@ def from_state(
         passed as ``count``.
       min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
         name, for a ``step`` that takes losses for magnitudes: it gets
-        :func:`losses_above` them. ``None`` hands the losses on as they are.
+        ``losses_above`` them. ``None`` hands the losses on as they are.
 
     Returns:
       A gradient transformation that aggregates stacked updates. Where what it

@@ -30,7 +30,7 @@ class TrainState(train_state.TrainState):
         """Updates the parameters, the state of the chain and the number of steps.
 
         Args:
-          grads: task gradients, such as :func:`value_and_task_grads` returns.
+          grads: task gradients, as of :func:`~optax_mtl.value_and_task_grads`.
           losses: those of the tasks, for methods that read them.
           **kwargs: further fields to replace, such as batch statistics.
 

@@ -72,7 +72,7 @@ def groups(
       numbers: whether to write the cosines into the cells.
 
     Returns:
-      The axes: a row for each group, a column for each pair.
+      The axes, with a row for each group, a column for each pair.
     """
     matrices = np.asarray(matrices)
     pairs = _pairs(_names_for(names, matrices.shape[-1]))
@@ -96,8 +96,8 @@ def conflict(
       ax: axes of matplotlib; new ones by default.
 
     Returns:
-      The axes: a line for each pair, of more than ten the most opposed pair, the median
-      and the range.
+      The axes, with a line for each pair; of more than ten the most opposed one, the
+      median and the range.
     """
     matrices = np.asarray(matrices)
     pairs = _pairs(_names_for(names, matrices.shape[-1]))
@@ -123,7 +123,7 @@ def weights(
     """Draws the weights of a method over time.
 
     Args:
-      weights: shape ``(S, T)``, such as those of a :class:`Record` in each step.
+      weights: shape ``(S, T)``, such as a :class:`~optax_mtl.Record` has in each step.
       steps: of each, shape ``(S,)``; by default numbered from 0.
       names: of the tasks; by default those numbered from 0.
       ax: axes of matplotlib; new ones by default.
@@ -153,7 +153,7 @@ def losses(
       ax: axes of matplotlib; new ones by default.
 
     Returns:
-      The axes: means over the runs, and bands of a standard deviation; logarithmic
+      The axes, with means over the runs and bands of a standard deviation; logarithmic
       where the losses span more than a decade.
     """
     runs = np.asarray(losses)
@@ -194,7 +194,7 @@ def trade_off(
       ax: axes of matplotlib; new ones by default.
 
     Returns:
-      The axes: means over the runs, with bars of a standard deviation.
+      The axes, with means over the runs and bars of a standard deviation.
     """
     points = np.asarray(points)
     runs = points[:, None] if points.ndim == 2 else points

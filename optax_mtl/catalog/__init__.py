@@ -8,14 +8,11 @@ from optax_mtl.catalog import balance, baseline, conflict, loss, priority, robus
 from optax_mtl.catalog.entry import Entry as Entry
 from optax_mtl.catalog.entry import hint
 
-METHODS: dict[str, Entry] = (
-    baseline.ROWS
-    | conflict.ROWS
-    | balance.ROWS
-    | loss.ROWS
-    | priority.ROWS
-    | robust.ROWS
-)
+_TABLES = (baseline, conflict, balance, loss, priority, robust)
+METHODS: dict[str, Entry] = {
+    name: row for table in _TABLES for name, row in table.ROWS.items()
+}
+FAMILIES = tuple(dict.fromkeys(row.family for row in METHODS.values()))
 
 
 def get(
@@ -49,8 +46,8 @@ def get(
     return METHODS[name].make(num_tasks, **options)
 
 
-def as_markdown() -> str:
-    """The catalog as the table in the README."""
+def as_markdown(family: str | None = None) -> str:
+    """The catalog, or the rows of a family, as the table of the documentation."""
     yes = lambda condition: "yes" if condition else ""
     columns = (
         "method",
@@ -66,6 +63,8 @@ def as_markdown() -> str:
     row = lambda cells: f"| {' | '.join(cells)} |"
     lines = [row(columns), "|" + "---|" * len(columns)]
     for name, entry in METHODS.items():
+        if family not in (None, entry.family):
+            continue
         _, venue, address = entry.paper
         cells = (
             f"`{name}`",

@@ -43,7 +43,7 @@ finite: [nan nan nan nan]
 
 
 def check_law(law: str, make: Make, *, reads: Collection[str] = ("gram",)) -> None:
-    """Raises if a method breaks one law, a key of :data:`LAWS`.
+    """Raises if a method breaks one law, a key of ``LAWS``.
 
     Args:
       law: name of the law.

@@ -29,7 +29,7 @@ def check_promise(promise: str, make: Make) -> None:
     """Raises if a method does not keep a promise.
 
     Args:
-      promise: a key of :data:`PROMISES`, as the rows of :data:`optax_mtl.METHODS`
+      promise: a key of ``PROMISES``, as the rows of :data:`optax_mtl.METHODS`
         have them.
       make: returns the method for a number of tasks.
 

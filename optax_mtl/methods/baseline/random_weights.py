@@ -83,13 +83,13 @@ def draw(
     num_tasks: int,
     distribution: str = "normal",
 ) -> jax.Array:
-    """Weights of :func:`random_weights` in one step.
+    """Weights of :func:`~optax_mtl.random_weights` in one step.
 
     Args:
       key: typed random key, the same for all steps.
       step: number of the step, at least 0.
       num_tasks: number of tasks, T.
-      distribution: as in :func:`random_weights`.
+      distribution: as in :func:`~optax_mtl.random_weights`.
 
     Returns:
       Array of shape ``(T,)``.

@@ -81,7 +81,7 @@ def pcgrad_weights(gram: jax.Array, orders: jax.Array) -> jax.Array:
     Args:
       gram: Gram matrix of the task gradients, shape ``(T, T)``.
       orders: row i lists the tasks in the order in which task i visits them,
-        shape ``(T, T)``, as :func:`random_orders` draws them; visiting itself
+        shape ``(T, T)``, as ``random_orders`` draws them; visiting itself
         has no effect.
 
     Returns:
