@@ -86,6 +86,7 @@ METHODS = {
         "preference": PREFERENCE,
     },
     "famo": {"num_tasks": COUNT, "gamma": AT_LEAST_0, "min_losses": FINITE},
+    "fedmgda": {"epsilon": UNIT, "preference": PREFERENCE},
     "gcond": {
         "num_tasks": COUNT,
         "thresholds": [(-2, 0, 0), (0, -0.5, 0)],
