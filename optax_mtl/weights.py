@@ -5,6 +5,7 @@ from optax_mtl.methods.balance.fairgrad import fairgrad_weights as fairgrad
 from optax_mtl.methods.balance.imtl_g import imtl_g_weights as imtl_g
 from optax_mtl.methods.balance.inverse_norm import inverse_norm_weights as inverse_norm
 from optax_mtl.methods.balance.nash_mtl import nash_mtl_weights as nash_mtl
+from optax_mtl.methods.balance.pivrg import pivrg_weights as pivrg
 from optax_mtl.methods.baseline.random_weights import draw as random
 from optax_mtl.methods.conflict.aligned_mtl import aligned_mtl_weights as aligned_mtl
 from optax_mtl.methods.conflict.cagrad import cagrad_weights as cagrad
@@ -74,6 +75,7 @@ __all__ = [
     "pbi",
     "pcd",
     "pcgrad",
+    "pivrg",
     "priority_projection",
     "random",
     "sdmgrad",

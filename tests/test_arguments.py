@@ -170,6 +170,12 @@ METHODS = {
     "pbi": {"theta": AT_LEAST_0, "preference": PREFERENCE, "reference": FINITE},
     "pcd": {"num_tasks": COUNT, "tau": UNIT, "primary": [*PRIMARY, 2], "decay": DECAY},
     "pcgrad": {"key": KEY, "order": CHOICE},
+    "pivrg": {
+        "scores": FINITE,
+        "bound": [1, 0.5, INF, *NOT_NUMBERS],
+        "min_temperature": POSITIVE,
+        "max_norm": optional(LIMIT),
+    },
     "priority_projection": {"order": [[0, 0], [1, 2]], "mode": CHOICE},
     "random_weights": {"distribution": CHOICE, "key": KEY},
     "relobralo": {
