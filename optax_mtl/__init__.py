@@ -85,6 +85,7 @@ from optax_mtl.methods.loss.go4align import go4align as go4align
 from optax_mtl.methods.loss.group_dro import group_dro as group_dro
 from optax_mtl.methods.loss.igb import igb as igb
 from optax_mtl.methods.loss.imtl_l import imtl_l as imtl_l
+from optax_mtl.methods.loss.ldc_mtl import ldc_mtl as ldc_mtl
 from optax_mtl.methods.loss.pbi import pbi as pbi
 from optax_mtl.methods.loss.relobralo import relobralo as relobralo
 from optax_mtl.methods.loss.scale_invariant import scale_invariant as scale_invariant

@@ -138,6 +138,13 @@ METHODS = {
         "num_selected": optional(COUNT),
         "squared": FLAG,
     },
+    "ldc_mtl": {
+        "num_tasks": COUNT,
+        "penalty": AT_LEAST_0,
+        "transform": CHOICE,
+        "initial": FINITE,
+        "min_losses": FINITE,
+    },
     "linear": {"weights": PREFERENCE},
     "m_config": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
     "mean": {},
