@@ -176,7 +176,7 @@ METHODS = {
     "nash_mtl": {"max_norm": optional(LIMIT), "preference": PREFERENCE},
     "pbi": {"theta": AT_LEAST_0, "preference": PREFERENCE, "reference": FINITE},
     "pcd": {"num_tasks": COUNT, "tau": UNIT, "primary": [*PRIMARY, 2], "decay": DECAY},
-    "pcgrad": {"key": KEY, "order": CHOICE},
+    "pcgrad": {"key": KEY, "order": CHOICE, "unprojected": [0.5, *optional(UNIT)]},
     "pivrg": {
         "scores": FINITE,
         "bound": [1, 0.5, INF, *NOT_NUMBERS],
@@ -359,7 +359,7 @@ def test_the_range_and_the_value_are_in_the_error():
         optax_mtl.adatask(2, b1=1)
     with pytest.raises(ValueError, match="k is 0; it should be an integer of at lea"):
         optax_mtl.update_every(optax_mtl.linear(), 0, 2)
-    with pytest.raises(ValueError, match="order is 'up'; it should be 'random' or"):
+    with pytest.raises(ValueError, match="order is 'up'; it should be 'random', 'f"):
         optax_mtl.pcgrad(order="up")
 
 

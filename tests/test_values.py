@@ -646,7 +646,7 @@ def test_random_weights_are_weights_and_fair(distribution):
     [
         (lambda: optax_mtl.mgda("l1"), "'none', 'l2'"),
         (lambda: optax_mtl.mgda(apply_to="both"), "'normalized'"),
-        (lambda: optax_mtl.pcgrad(order="priority"), "'random' or 'fixed'"),
+        (lambda: optax_mtl.pcgrad(order="priority"), "'random', 'fixed' or 'losses'"),
         (lambda: optax_mtl.upgrad(reg_eps=-1e-4), "at least 0"),
         (lambda: optax_mtl.mgda(preference=[1.0, -1.0]), "at least 0"),
         (lambda: optax_mtl.upgrad(preference=[0.0, 0.0]), "not all of them 0"),
