@@ -112,6 +112,9 @@ from optax_mtl.methods.robust.coordinate_median import (
 from optax_mtl.methods.robust.geometric_median import (
     geometric_median as geometric_median,
 )
+from optax_mtl.methods.robust.gradient_agreement_filter import (
+    gradient_agreement_filter as gradient_agreement_filter,
+)
 from optax_mtl.methods.robust.krum import krum as krum
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
 from optax_mtl.recommend import recommend as recommend

@@ -44,6 +44,9 @@ from optax_mtl.methods.priority.priority_projection import (
 from optax_mtl.methods.robust.geometric_median import (
     geometric_median_weights as geometric_median,
 )
+from optax_mtl.methods.robust.gradient_agreement_filter import (
+    gradient_agreement_filter_weights as gradient_agreement_filter,
+)
 from optax_mtl.methods.robust.krum import krum_weights as krum
 
 __all__ = [
@@ -62,6 +65,7 @@ __all__ = [
     "geometric_median",
     "gls",
     "go4align",
+    "gradient_agreement_filter",
     "gradvac",
     "group_dro",
     "igb",

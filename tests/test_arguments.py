@@ -113,6 +113,7 @@ METHODS = {
         "step_size": AT_LEAST_0,
         "preference": PREFERENCE,
     },
+    "gradient_agreement_filter": {"threshold": [-0.1, 2.1, *NOT_NUMBERS]},
     "gradnorm": {
         "num_tasks": COUNT,
         "alpha": AT_LEAST_0,

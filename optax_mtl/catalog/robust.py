@@ -4,6 +4,7 @@ from optax_mtl.catalog.entry import Entry, row
 from optax_mtl.methods.robust import (
     coordinate_median,
     geometric_median,
+    gradient_agreement_filter,
     krum,
     trimmed_mean,
 )
@@ -52,5 +53,17 @@ ROWS: dict[str, Entry] = {
         reads="gradients",
         scale="mean",
         promises="symmetric scales agrees ignores_absent",
+    ),
+    "gradient_agreement_filter": row(
+        gradient_agreement_filter.gradient_agreement_filter,
+        (
+            "Beyond Gradient Averaging in Parallel Optimization: Improved Robustness"
+            " through Gradient Agreement Filtering",
+            "2024",
+            "https://arxiv.org/abs/2412.18052",
+        ),
+        reads="gram",
+        scale="mean",
+        promises="rotates scales agrees ignores_absent",
     ),
 }
