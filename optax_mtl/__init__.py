@@ -106,6 +106,7 @@ from optax_mtl.methods.priority.pcd import pcd as pcd
 from optax_mtl.methods.priority.priority_projection import (
     priority_projection as priority_projection,
 )
+from optax_mtl.methods.robust.and_mask import and_mask as and_mask
 from optax_mtl.methods.robust.coordinate_median import (
     coordinate_median as coordinate_median,
 )
@@ -116,6 +117,7 @@ from optax_mtl.methods.robust.gradient_agreement_filter import (
     gradient_agreement_filter as gradient_agreement_filter,
 )
 from optax_mtl.methods.robust.krum import krum as krum
+from optax_mtl.methods.robust.sand_mask import sand_mask as sand_mask
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
 from optax_mtl.recommend import recommend as recommend
 from optax_mtl.scores import delta_m as delta_m

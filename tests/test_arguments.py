@@ -32,6 +32,7 @@ optional = lambda values: [v for v in values if v is not None]
 METHODS = {
     "adatask": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
     "aligned_mtl": {"scale_mode": CHOICE, "preference": PREFERENCE},
+    "and_mask": {"threshold": UNIT},
     "bloop": {
         "weight": AT_LEAST_0,
         "step_size": RATE,
@@ -202,6 +203,7 @@ METHODS = {
         "min_losses": FINITE,
     },
     "v_rex": {"beta": AT_LEAST_0},
+    "sand_mask": {"threshold": UNIT, "k": POSITIVE},
     "sam_gs": {
         "num_tasks": COUNT,
         "b1": DECAY,

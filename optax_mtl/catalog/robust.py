@@ -2,10 +2,12 @@
 
 from optax_mtl.catalog.entry import Entry, row
 from optax_mtl.methods.robust import (
+    and_mask,
     coordinate_median,
     geometric_median,
     gradient_agreement_filter,
     krum,
+    sand_mask,
     trimmed_mean,
 )
 
@@ -65,5 +67,28 @@ ROWS: dict[str, Entry] = {
         reads="gram",
         scale="mean",
         promises="rotates scales agrees ignores_absent",
+    ),
+    "and_mask": row(
+        and_mask.and_mask,
+        (
+            "Learning Explanations That Are Hard to Vary",
+            "ICLR 2021",
+            "https://arxiv.org/abs/2009.00329",
+        ),
+        reads="gradients",
+        scale="mean",
+        promises="symmetric scales agrees ignores_absent",
+    ),
+    "sand_mask": row(
+        sand_mask.sand_mask,
+        (
+            "SAND-mask: An Enhanced Gradient Masking Strategy for the Discovery of"
+            " Invariances in Domain Generalization",
+            "2021",
+            "https://arxiv.org/abs/2106.02266",
+        ),
+        reads="gradients",
+        scale="mean",
+        promises="symmetric agrees ignores_absent",
     ),
 }
