@@ -110,6 +110,7 @@ from optax_mtl.methods.robust.and_mask import and_mask as and_mask
 from optax_mtl.methods.robust.coordinate_median import (
     coordinate_median as coordinate_median,
 )
+from optax_mtl.methods.robust.dare import dare as dare
 from optax_mtl.methods.robust.geometric_median import (
     geometric_median as geometric_median,
 )
@@ -118,6 +119,7 @@ from optax_mtl.methods.robust.gradient_agreement_filter import (
 )
 from optax_mtl.methods.robust.krum import krum as krum
 from optax_mtl.methods.robust.sand_mask import sand_mask as sand_mask
+from optax_mtl.methods.robust.ties import ties as ties
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
 from optax_mtl.recommend import recommend as recommend
 from optax_mtl.scores import delta_m as delta_m

@@ -56,6 +56,7 @@ METHODS = {
         "min_losses": FINITE,
     },
     "cosmos": {"weight": AT_LEAST_0, "preference": PREFERENCE},
+    "dare": {"drop": DECAY, "key": KEY},
     "db_mtl": {
         "num_tasks": COUNT,
         "beta": DECAY,
@@ -228,6 +229,7 @@ METHODS = {
         "window": COUNT,
         "min_losses": FINITE,
     },
+    "ties": {"density": RATE},
     "trimmed_mean": {"num_trimmed": optional(COUNT_FROM_0)},
     "uncertainty_weighting": {
         "num_tasks": COUNT,

@@ -8,7 +8,7 @@ import pytest
 import optax_mtl
 
 RNG = np.random.default_rng(0)
-GRADIENTS = {"w": RNG.normal(size=(5, 3, 4)) + 0.7, "b": 0.1 * RNG.normal(size=(5, 6))}
+GRADIENTS = {"w": RNG.normal(size=(5, 3, 4)) + 0.7, "b": 0.6 * RNG.normal(size=(5, 6))}
 both = pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
 
 
@@ -42,6 +42,42 @@ def test_masks(double, threshold, k):
     make = optax_mtl.and_mask if k is None else optax_mtl.sand_mask
     arguments = (threshold,) if k is None else (threshold, k)
     compare(make(*arguments), by_hand, double)
+
+
+@both
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_ties(double, density):
+    """Of 18 entries 4, 9 or all of each task, over both tensors, by a sort."""
+    whole = np.concatenate([GRADIENTS[k].reshape(5, -1) for k in ("b", "w")], axis=1)
+    number = int(np.ceil(density * 18))
+    level = np.sort(np.abs(whole), axis=1)[:, -number]
+    assert (np.abs(whole) >= level[:, None]).sum() == 5 * number
+
+    def by_hand(x):
+        kept = np.where(np.abs(x) >= level.reshape(5, *[1] * (x.ndim - 1)), x, 0)
+        chosen = np.sign(kept) == np.sign(kept.sum(axis=0))
+        return np.sum(chosen * kept, axis=0) / np.maximum(
+            np.sum(chosen & (kept != 0), axis=0), 1
+        )
+
+    compare(optax_mtl.ties(density), by_hand, double)
+
+
+def test_what_is_dropped():
+    """A share of the entries, another in each step, and the others ten times larger."""
+    updates, method = {"a": jnp.ones((2, 50, 40)), "b": jnp.ones((2, 3000))}, None
+    method = optax_mtl.dare(drop=0.9, key=3)
+    step = jax.jit(method.update)
+    first, state = step(updates, method.init(None))
+    second, _ = step(updates, state)
+    for update in (first, second):
+        for x in jax.tree.leaves(update):
+            # 0, 10 or 20; their mean within five standard deviations.
+            assert np.all(np.isin(np.round(x, 4), [0, 10, 20]))
+            assert abs(np.mean(x) - 2) < 5 * np.sqrt(2 * 9 / x.size)
+    assert np.mean(first["b"] == second["b"]) < 0.9
+    kept, _ = optax_mtl.dare(drop=0.0).update(updates, state)
+    np.testing.assert_array_equal(kept["a"], 2)
 
 
 def test_masks_of_no_agreement_and_of_equal_gradients():

@@ -4,10 +4,12 @@ from optax_mtl.catalog.entry import Entry, row
 from optax_mtl.methods.robust import (
     and_mask,
     coordinate_median,
+    dare,
     geometric_median,
     gradient_agreement_filter,
     krum,
     sand_mask,
+    ties,
     trimmed_mean,
 )
 
@@ -90,5 +92,29 @@ ROWS: dict[str, Entry] = {
         reads="gradients",
         scale="mean",
         promises="symmetric agrees ignores_absent",
+    ),
+    "ties": row(
+        ties.ties,
+        (
+            "TIES-Merging: Resolving Interference When Merging Models",
+            "NeurIPS 2023",
+            "https://arxiv.org/abs/2306.01708",
+        ),
+        reads="gradients",
+        scale="own",
+        promises="symmetric scales ignores_absent",
+    ),
+    "dare": row(
+        dare.dare,
+        (
+            "Language Models are Super Mario: Absorbing Abilities from Homologous"
+            " Models as a Free Lunch",
+            "ICML 2024",
+            "https://arxiv.org/abs/2311.03099",
+        ),
+        reads="gradients",
+        scale="own",
+        state="tasks",
+        promises="scales linear_in_scales",
     ),
 }
