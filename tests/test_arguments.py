@@ -132,7 +132,7 @@ METHODS = {
     },
     "imgrad": {"c": AT_LEAST_0, "rescale": FLAG},
     "mmpareto": {"gamma": AT_LEAST_0},
-    "imtl": {"num_tasks": COUNT, "min_losses": FINITE},
+    "imtl": {"num_tasks": COUNT, "strict_paper": FLAG, "min_losses": FINITE},
     "imtl_g": {"strict_paper": FLAG},
     "imtl_l": {"num_tasks": COUNT, "min_losses": FINITE},
     "inverse_norm": {"target": CHOICE, "power": AT_LEAST_0},
