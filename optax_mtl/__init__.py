@@ -49,6 +49,7 @@ from optax_mtl.methods.balance.imtl import imtl as imtl
 from optax_mtl.methods.balance.imtl_g import imtl_g as imtl_g
 from optax_mtl.methods.balance.inverse_norm import inverse_norm as inverse_norm
 from optax_mtl.methods.balance.nash_mtl import nash_mtl as nash_mtl
+from optax_mtl.methods.balance.pivrg import pivrg as pivrg
 from optax_mtl.methods.balance.sam_gs import sam_gs as sam_gs
 from optax_mtl.methods.baseline.linear import linear as linear
 from optax_mtl.methods.baseline.linear import mean as mean
@@ -66,6 +67,7 @@ from optax_mtl.methods.conflict.eagc import eagc_pull_backs as eagc_pull_backs
 from optax_mtl.methods.conflict.eagc import eagc_weights as eagc_weights
 from optax_mtl.methods.conflict.eagc import energy_ratio as energy_ratio
 from optax_mtl.methods.conflict.eagc import fit_conceptor as fit_conceptor
+from optax_mtl.methods.conflict.fedmgda import fedmgda as fedmgda
 from optax_mtl.methods.conflict.gcond import Arbitration as Arbitration
 from optax_mtl.methods.conflict.gcond import gcond as gcond
 from optax_mtl.methods.conflict.gcond import scale_by_lion_lars as scale_by_lion_lars
@@ -90,6 +92,7 @@ from optax_mtl.methods.loss.go4align import go4align as go4align
 from optax_mtl.methods.loss.group_dro import group_dro as group_dro
 from optax_mtl.methods.loss.igb import igb as igb
 from optax_mtl.methods.loss.imtl_l import imtl_l as imtl_l
+from optax_mtl.methods.loss.ldc_mtl import ldc_mtl as ldc_mtl
 from optax_mtl.methods.loss.pbi import pbi as pbi
 from optax_mtl.methods.loss.relobralo import relobralo as relobralo
 from optax_mtl.methods.loss.scale_invariant import scale_invariant as scale_invariant
@@ -110,13 +113,20 @@ from optax_mtl.methods.priority.pcd import pcd as pcd
 from optax_mtl.methods.priority.priority_projection import (
     priority_projection as priority_projection,
 )
+from optax_mtl.methods.robust.and_mask import and_mask as and_mask
 from optax_mtl.methods.robust.coordinate_median import (
     coordinate_median as coordinate_median,
 )
+from optax_mtl.methods.robust.dare import dare as dare
 from optax_mtl.methods.robust.geometric_median import (
     geometric_median as geometric_median,
 )
+from optax_mtl.methods.robust.gradient_agreement_filter import (
+    gradient_agreement_filter as gradient_agreement_filter,
+)
 from optax_mtl.methods.robust.krum import krum as krum
+from optax_mtl.methods.robust.sand_mask import sand_mask as sand_mask
+from optax_mtl.methods.robust.ties import ties as ties
 from optax_mtl.methods.robust.trimmed_mean import trimmed_mean as trimmed_mean
 from optax_mtl.names import group_losses as group_losses
 from optax_mtl.recommend import recommend as recommend

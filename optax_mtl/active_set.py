@@ -111,8 +111,10 @@ def _exchange(Q, q, a, allowed, newton):
 
 
 @functools.partial(jax.jit, static_argnames="on_simplex")
-def active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
+def active_set(Q, q, lower, mask=None, start=None, on_simplex=False, upper=None):
     """Minimises x'Qx/2 - q'x over x >= lower, and sum(x) = 1 if on_simplex.
+
+    Upper bounds are for the simplex alone, and need a start between the bounds.
 
     A primal active-set method (Lawson and Hanson's): x moves to the minimiser over
     the free variables, until one of them meets its bound and is freed no more; in a
@@ -142,6 +144,9 @@ def active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
     q = q * scale
     lower = lower / scale
     a = scale
+    if upper is not None:
+        upper = upper / scale
+        allowed = allowed & (lower < upper)
     first = lower
     if start is not None:
         first = start / scale
@@ -169,7 +174,8 @@ def active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         if not on_simplex:
             return solve(free, reduced[:, None], ridge)[:, 0]
         y = solve(free, jnp.stack([reduced, a], 1), ridge)
-        return y[:, 0] + (gap - inner(a, y[:, 0])) / inner(a, y[:, 1]) * y[:, 1]
+        common = (gap - inner(a, y[:, 0])) / positive(inner(a, y[:, 1]))
+        return y[:, 0] + common * y[:, 1]
 
     limited = not on_simplex  # The simplex itself limits x.
     pulled, settled, centre = jnp.asarray(limited), jnp.asarray(False), lower
@@ -192,15 +198,20 @@ def active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         Qx = q + (high + low)
         reduced = -(high + low)
         if on_simplex:  # The common level is much larger than the differences.
-            reduced = -(high - a * inner(high, x) + low)
-            reduced = reduced - a * inner(reduced, x)
+            share = x  # Whose sum is 1: what is not free is 0, or left out.
+            if upper is not None:
+                share = jnp.where(free, x + eps / a, 0)
+                share = share / positive(inner(a, share))
+            reduced = -(high - a * inner(high, share) + low)
+            reduced = reduced - a * inner(reduced, share)
         pull = jnp.where(pulled, ridge, 0)
         reduced = reduced - pull * (x - centre)
         # Free the variable of steepest descent, if this is a minimiser of the face.
         on_face = jnp.max(jnp.abs(reduced), where=free, initial=0)
         noise = eps**1.5 * jnp.max(jnp.abs(Qx) + jnp.abs(q))
         noise = jnp.where(pulled, noise + eps * jnp.max(jnp.abs(x)), noise)
-        steepest = jnp.where(allowed & ~free, reduced, 0)
+        inwards = 1 if upper is None else jnp.where(x < upper, 1, -1)
+        steepest = jnp.where(allowed & ~free, inwards * reduced, 0)
         entering = jnp.argmax(steepest)
         enters = (full_steps > 0) & (steepest[entering] > 4 * on_face + noise)
         entered = enters & (jnp.arange(size) == entering)
@@ -215,16 +226,22 @@ def active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         ridge = jnp.where(failed, 16 * ridge, ridge)
         move = jnp.where(free & ~failed, move, 0)
         # Between very different scales, its sign may be a rounding error.
-        move = jnp.where(entered, jnp.maximum(move, 0), move)
+        move = jnp.where(entered, inwards * jnp.maximum(inwards * move, 0), move)
         decrement = inner(move, reduced)
-        room = jnp.maximum(x - lower, 0)
-        blocking = free & (room + move < 0)
-        ratio = jnp.where(blocking, room / jnp.where(blocking, -move, 1), jnp.inf)
+        bound, room, length = lower, jnp.maximum(x - lower, 0), -move
+        if upper is not None:
+            bound = jnp.where(move < 0, lower, upper)
+            room, length = jnp.abs(x - bound), jnp.abs(move)
+        blocking = free & (room < length)
+        ratio = jnp.where(blocking, room / jnp.where(blocking, length, 1), jnp.inf)
         step = jnp.minimum(jnp.min(ratio), 1)
         blocked = blocking & (ratio <= step)
+        if upper is not None:  # One at a time, so that some are left to move.
+            last = jnp.sum(free) == 1
+            blocked = blocked & (jnp.arange(size) == jnp.argmax(blocked)) & ~last
         new, error = two_sum(x, step * move)
         new, new_low = two_sum(new, error + x_low)
-        new = jnp.where(blocked, lower, new)
+        new = jnp.where(blocked, bound, new)
         new_low = jnp.where(blocked, 0, new_low)
         full_steps = jnp.where(jnp.any(blocked), 0, full_steps + 1)
         floor = jnp.where(pulled, eps**2, eps**3)
@@ -241,9 +258,12 @@ def active_set(Q, q, lower, mask=None, start=None, on_simplex=False):
         return new, new_low, free, ridge, pulled, safe, full_steps, going, left
 
     free = allowed & (first > lower)
+    if upper is not None:
+        free = free & (first < upper)
     ridge = jnp.asarray(4 * size**0.5 * eps, Q.dtype)
     left = jnp.where(pulled | on_simplex, 4 * size + 20, 8)
     carry = (first, 0 * first, free, ridge, pulled, first, 1, finite & ~settled, left)
     x, *_ = lax.while_loop(lambda c: c[-2] & (c[-1] > 0), body, vary(finite, carry))
-    x = jnp.maximum(x, lower) * scale
+    x = jnp.maximum(x, lower)
+    x = (x if upper is None else jnp.minimum(x, upper)) * scale
     return jnp.where(finite, x, jnp.nan)

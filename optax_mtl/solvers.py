@@ -94,7 +94,10 @@ def nonnegative_qp(Q: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def simplex_qp(
-    Q: jax.Array, q: jax.Array | None = None, mask: jax.Array | None = None
+    Q: jax.Array,
+    q: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    bounds: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     r"""Solves :math:`\min_w \tfrac12 w^\top Q w + q^\top w` over the simplex.
 
@@ -102,6 +105,8 @@ def simplex_qp(
       Q: symmetric positive semi-definite matrix, of shape (T, T).
       q: linear term, of shape (T,); zero by default.
       mask: entries that may be positive, of shape (T,); all by default.
+      bounds: lower and upper bounds of the weights, from 0 to 1, each of shape (T,).
+        The lower ones sum to 1 at most, the upper ones to 1 at least.
 
     Returns:
       Weights that are not negative and sum to one, of shape (T,).
@@ -114,7 +119,13 @@ def simplex_qp(
     q = jnp.zeros(len(Q), Q.dtype) if q is None else q
     Q, q = compute(Q, q)
     mask = jnp.ones(q.shape, bool) if mask is None else mask
-    return active_set(Q, -q, jnp.zeros_like(q), mask, on_simplex=True)
+    if bounds is None:
+        return active_set(Q, -q, jnp.zeros_like(q), mask, on_simplex=True)
+    lower, upper = (jnp.where(mask, bound, 0).astype(q.dtype) for bound in bounds)
+    # Equally far from all bounds.
+    share = (1 - jnp.sum(lower)) / positive(jnp.sum(upper - lower))
+    start = lower + share * (upper - lower)
+    return active_set(Q, -q, lower, mask, start, on_simplex=True, upper=upper)
 
 
 def dual_cone(
@@ -402,6 +413,7 @@ def simplex_qp_residual(
     w: jax.Array,
     q: jax.Array | None = None,
     mask: jax.Array | None = None,
+    bounds: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Violation of the optimality conditions of :func:`simplex_qp`."""
     q = jnp.zeros_like(w) if q is None else q
@@ -409,6 +421,14 @@ def simplex_qp_residual(
     gradient = dot(Q, w, 0 * w, q)
     sizes = jnp.abs(Q) @ w + jnp.abs(q)
     size = inner(w, sizes)
+    if bounds is not None:
+        lower, upper = (jnp.where(mask, bound, 0) for bound in bounds)
+        # What it gains to shift as much weight as can be from one entry to another.
+        shift = jnp.maximum(jnp.minimum((w - lower)[:, None], (upper - w)[None]), 0)
+        gain = shift * (gradient[:, None] - gradient[None])
+        gain = gain / positive(shift * (sizes[:, None] + sizes[None]) + size)
+        outside = jnp.sum(jnp.abs(w - jnp.clip(w, lower, upper)))
+        return jnp.max(gain) + jnp.abs(jnp.sum(w) - 1) + outside
     gap = gradient - inner(w, gradient)
     descent = jnp.max(jnp.where(mask, -gap, 0) / positive(sizes + size))
     slack = inner(w, jnp.abs(gap)) / positive(size)

@@ -5,11 +5,13 @@ from optax_mtl.methods.balance.fairgrad import fairgrad_weights as fairgrad
 from optax_mtl.methods.balance.imtl_g import imtl_g_weights as imtl_g
 from optax_mtl.methods.balance.inverse_norm import inverse_norm_weights as inverse_norm
 from optax_mtl.methods.balance.nash_mtl import nash_mtl_weights as nash_mtl
+from optax_mtl.methods.balance.pivrg import pivrg_weights as pivrg
 from optax_mtl.methods.baseline.random_weights import draw as random
 from optax_mtl.methods.conflict.aligned_mtl import aligned_mtl_weights as aligned_mtl
 from optax_mtl.methods.conflict.cagrad import cagrad_weights as cagrad
 from optax_mtl.methods.conflict.config import config_weights as config
 from optax_mtl.methods.conflict.dualproj import dualproj_weights as dualproj
+from optax_mtl.methods.conflict.fedmgda import fedmgda_weights as fedmgda
 from optax_mtl.methods.conflict.gradvac import gradvac_weights as gradvac
 from optax_mtl.methods.conflict.imgrad import imgrad_weights as imgrad
 from optax_mtl.methods.conflict.mgda import mgda_weights as mgda
@@ -42,6 +44,9 @@ from optax_mtl.methods.priority.priority_projection import (
 from optax_mtl.methods.robust.geometric_median import (
     geometric_median_weights as geometric_median,
 )
+from optax_mtl.methods.robust.gradient_agreement_filter import (
+    gradient_agreement_filter_weights as gradient_agreement_filter,
+)
 from optax_mtl.methods.robust.krum import krum_weights as krum
 
 __all__ = [
@@ -56,9 +61,11 @@ __all__ = [
     "excess_mtl",
     "fairgrad",
     "famo",
+    "fedmgda",
     "geometric_median",
     "gls",
     "go4align",
+    "gradient_agreement_filter",
     "gradvac",
     "group_dro",
     "igb",
@@ -72,6 +79,7 @@ __all__ = [
     "pbi",
     "pcd",
     "pcgrad",
+    "pivrg",
     "priority_projection",
     "random",
     "sdmgrad",

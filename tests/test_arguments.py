@@ -32,6 +32,7 @@ optional = lambda values: [v for v in values if v is not None]
 METHODS = {
     "adatask": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
     "aligned_mtl": {"scale_mode": CHOICE, "preference": PREFERENCE},
+    "and_mask": {"threshold": UNIT},
     "bloop": {
         "weight": AT_LEAST_0,
         "step_size": RATE,
@@ -55,6 +56,7 @@ METHODS = {
         "min_losses": FINITE,
     },
     "cosmos": {"weight": AT_LEAST_0, "preference": PREFERENCE},
+    "dare": {"drop": DECAY, "key": KEY},
     "db_mtl": {
         "num_tasks": COUNT,
         "beta": DECAY,
@@ -86,6 +88,7 @@ METHODS = {
         "preference": PREFERENCE,
     },
     "famo": {"num_tasks": COUNT, "gamma": AT_LEAST_0, "min_losses": FINITE},
+    "fedmgda": {"epsilon": UNIT, "preference": PREFERENCE},
     "gcond": {
         "num_tasks": COUNT,
         "thresholds": [(-2, 0, 0), (0, -0.5, 0)],
@@ -112,6 +115,7 @@ METHODS = {
         "step_size": AT_LEAST_0,
         "preference": PREFERENCE,
     },
+    "gradient_agreement_filter": {"threshold": [-0.1, 2.1, *NOT_NUMBERS]},
     "gradnorm": {
         "num_tasks": COUNT,
         "alpha": AT_LEAST_0,
@@ -128,7 +132,7 @@ METHODS = {
     },
     "imgrad": {"c": AT_LEAST_0, "rescale": FLAG},
     "mmpareto": {"gamma": AT_LEAST_0},
-    "imtl": {"num_tasks": COUNT, "min_losses": FINITE},
+    "imtl": {"num_tasks": COUNT, "strict_paper": FLAG, "min_losses": FINITE},
     "imtl_g": {"strict_paper": FLAG},
     "imtl_l": {"num_tasks": COUNT, "min_losses": FINITE},
     "inverse_norm": {"target": CHOICE, "power": AT_LEAST_0},
@@ -136,6 +140,13 @@ METHODS = {
         "num_byzantine": optional(COUNT_FROM_0),
         "num_selected": optional(COUNT),
         "squared": FLAG,
+    },
+    "ldc_mtl": {
+        "num_tasks": COUNT,
+        "penalty": AT_LEAST_0,
+        "transform": CHOICE,
+        "initial": FINITE,
+        "min_losses": FINITE,
     },
     "linear": {"weights": PREFERENCE},
     "m_config": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
@@ -168,7 +179,13 @@ METHODS = {
     "nash_mtl": {"max_norm": optional(LIMIT), "preference": PREFERENCE},
     "pbi": {"theta": AT_LEAST_0, "preference": PREFERENCE, "reference": FINITE},
     "pcd": {"num_tasks": COUNT, "tau": UNIT, "primary": [*PRIMARY, 2], "decay": DECAY},
-    "pcgrad": {"key": KEY, "order": CHOICE},
+    "pcgrad": {"key": KEY, "order": CHOICE, "unprojected": [0.5, *optional(UNIT)]},
+    "pivrg": {
+        "scores": FINITE,
+        "bound": [1, 0.5, INF, *NOT_NUMBERS],
+        "min_temperature": POSITIVE,
+        "max_norm": optional(LIMIT),
+    },
     "priority_projection": {"order": [[0, 0], [1, 2]], "mode": CHOICE},
     "random_weights": {"distribution": CHOICE, "key": KEY},
     "relobralo": {
@@ -187,6 +204,7 @@ METHODS = {
         "min_losses": FINITE,
     },
     "v_rex": {"beta": AT_LEAST_0},
+    "sand_mask": {"threshold": UNIT, "k": POSITIVE},
     "sam_gs": {
         "num_tasks": COUNT,
         "b1": DECAY,
@@ -211,6 +229,7 @@ METHODS = {
         "window": COUNT,
         "min_losses": FINITE,
     },
+    "ties": {"density": RATE},
     "trimmed_mean": {"num_trimmed": optional(COUNT_FROM_0)},
     "uncertainty_weighting": {
         "num_tasks": COUNT,
@@ -349,7 +368,7 @@ def test_the_range_and_the_value_are_in_the_error():
         optax_mtl.adatask(2, b1=1)
     with pytest.raises(ValueError, match="k is 0; it should be an integer of at lea"):
         optax_mtl.update_every(optax_mtl.linear(), 0, 2)
-    with pytest.raises(ValueError, match="order is 'up'; it should be 'random' or"):
+    with pytest.raises(ValueError, match="order is 'up'; it should be 'random', 'f"):
         optax_mtl.pcgrad(order="up")
 
 

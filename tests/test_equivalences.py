@@ -52,3 +52,22 @@ def test_bloop_without_an_average_is_a_dynamic_barrier():
     found, _ = bloop.update(two, bloop.init(jnp.zeros(4)))
     expected, _ = barrier.update(two, barrier.init(jnp.zeros(4)))
     np.testing.assert_allclose(found, 0.3 * expected, rtol=1e-5)
+
+
+def test_imtl_at_equal_weights_of_losses_is_imtl_g():
+    """At first, also where the sum of its weights is negative."""
+    cosines = np.eye(3)
+    cosines[2, :2] = cosines[:2, 2] = 0.65
+    gradients = np.diag([1, 1, 0.1]) @ np.linalg.cholesky(cosines)
+    gradients = jnp.asarray(gradients, jnp.float32)
+    found = {}
+    for strict in (False, True):
+        imtl, imtl_g = (
+            optax_mtl.imtl(3, strict_paper=strict),
+            optax_mtl.imtl_g(strict_paper=strict),
+        )
+        update, _ = imtl.update(gradients, imtl.init(None), losses=jnp.ones(3))
+        expected, _ = imtl_g.update(gradients, imtl_g.init(None))
+        np.testing.assert_allclose(update, expected, rtol=1e-4)
+        found[strict] = gradients @ update
+    assert np.all(found[False] > 0) and np.all(found[True] < 0)

@@ -479,3 +479,52 @@ def test_residuals_see_wrong_solutions():
     assert fairness_residual(gram, 1.0, wrong) > 1e-2
     assert pinv_residual(gram, 1.1 * pinv(gram)) > 1e-2
     assert pinv_solve_residual(gram, ones, wrong) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "dtype, size", [("float32", 3), ("float32", 40), ("float64", 40)]
+)
+def test_simplex_with_bounds_matches_quadprog(dtype, size):
+    rng, tolerance = np.random.default_rng(size), TOLERANCES[dtype]
+    constraints = np.column_stack([np.ones(size), np.eye(size), -np.eye(size)])
+    with precision(dtype):
+        for kind in KINDS:
+            gram = make_gram(rng, kind, size, dtype)
+            middle = rng.dirichlet(np.ones(size))
+            for width in (0.5 / size, 0.1, 0.3, 1.0):
+                lower = np.maximum(middle - width, 0).astype(dtype)
+                upper = np.minimum(middle + width, 1).astype(dtype)
+                q = gram.mean(1) if width == 0.3 else np.zeros(size, dtype)
+                w = simplex_qp(gram, q, bounds=(lower, upper))
+                limits = np.concatenate([[1.0], lower, -upper])
+                exact, linear = np.float64(gram), -np.float64(q)
+                expected = quadratic_program(exact, linear, constraints, limits, 1)
+                assert close(gram, w, expected, tolerance), (kind, width)
+                residual = simplex_qp_residual(gram, w, q, None, (lower, upper))
+                assert residual < tolerance, (kind, width)
+
+
+def test_simplex_with_bounds_where_all_weights_are_at_one():
+    """Corners of the box, also those with as many weights at each bound, and ties."""
+    eye = np.eye(4, dtype=np.float32)
+    gram = np.outer([3, 2, 1, 1], [3, 2, 1, 1]).astype(np.float32)
+    narrow = np.full(4, 0.15, np.float32), np.full(4, 0.35, np.float32)
+    one = np.zeros(4, np.float32), eye[2]
+    point = np.full(4, 0.25, np.float32)
+    for Q, bounds, expected in [
+        (gram, narrow, [0.15, 0.15, 0.35, 0.35]),
+        (gram, one, eye[2]),
+        (gram, (point, point), point),
+        (gram, (0 * point, 0 * point + 0.5), [0, 0, 0.5, 0.5]),
+        (eye, narrow, point),
+    ]:
+        w = simplex_qp(Q, bounds=bounds)
+        np.testing.assert_allclose(w, expected, atol=1e-6)
+        assert simplex_qp_residual(Q, w, None, None, bounds) < 1e-6
+    wrong = np.array([0.35, 0.15, 0.15, 0.35], np.float32)
+    assert simplex_qp_residual(gram, wrong, None, None, narrow) > 1e-2
+    assert simplex_qp_residual(gram, eye[2], None, None, narrow) > 0.5
+    assert np.isnan(simplex_qp(np.nan * eye, bounds=narrow)).all()
+    absent = np.array([True, False, True, True])
+    w = simplex_qp(eye, mask=absent, bounds=narrow)
+    np.testing.assert_allclose(w, [1 / 3, 0, 1 / 3, 1 / 3], atol=1e-6)

@@ -23,7 +23,12 @@ PARAMS = {
 }
 X = RNG.normal(size=(N, D)).astype(np.float32)
 Y = RNG.normal(size=(N, T)).astype(np.float32)
-RANDOM = {"random_weights", "pcgrad", "graddrop"}  # Their state is that of a key.
+RANDOM = {
+    "random_weights",
+    "pcgrad",
+    "graddrop",
+    "dare",
+}  # Their state is that of a key.
 # Neither a running state nor losses.
 STATELESS = [
     name

@@ -112,6 +112,14 @@ ROWS = [
         [0.493266, 0.336507, 0.284255],
     ),
     Row("mmpareto", {}, J2, [2.204541, 1.469694]),
+    Row(
+        "fedmgda",
+        {"epsilon": 0.1},
+        [[1, 2, 0, -1], [-2, 1, 1, 0], [0.5, -1, 3, 2]],
+        np.array([0.392486, 0.233333, 0.374181]) / np.sqrt([6, 6, 14.25]),
+        source="quadprog",
+    ),
+    Row("fedmgda", {"epsilon": 0.0}, J2, 0.5 / NORMS, source="average of units"),
     Row("mmpareto", {"gamma": 1.0}, EYE3, [1, 1, 1], source="no conflict: the sum"),
     # RACO by its formulae; the second by SciPy's SLSQP, too.
     Row(
@@ -638,7 +646,7 @@ def test_random_weights_are_weights_and_fair(distribution):
     [
         (lambda: optax_mtl.mgda("l1"), "'none', 'l2'"),
         (lambda: optax_mtl.mgda(apply_to="both"), "'normalized'"),
-        (lambda: optax_mtl.pcgrad(order="priority"), "'random' or 'fixed'"),
+        (lambda: optax_mtl.pcgrad(order="priority"), "'random', 'fixed' or 'losses'"),
         (lambda: optax_mtl.upgrad(reg_eps=-1e-4), "at least 0"),
         (lambda: optax_mtl.mgda(preference=[1.0, -1.0]), "at least 0"),
         (lambda: optax_mtl.upgrad(preference=[0.0, 0.0]), "not all of them 0"),

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 import optax_mtl
+from optax_mtl import weights
+from optax_mtl.methods.baseline import random_weights
 from tests.common import losses, params, stacked
 from tests.test_debug_flags import EVERY, VARIANTS
 
@@ -43,3 +45,22 @@ def test_types_under_x64(name, precision):
     types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
     assert types(state) == types(init)
     assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_nothing_is_kept_in_less_than_float64(name):
+    """Of a float64 model."""
+    with jax.enable_x64(True):
+        model = jax.tree.map(lambda x: x.astype("float64"), params())
+        state = jax.eval_shape(EVERY[name]().init, model)
+    types = {x.dtype for x in jax.tree.leaves(state)}
+    assert np.dtype("float32") not in types
+
+
+@pytest.mark.parametrize("distribution", random_weights.DISTRIBUTIONS)
+def test_random_weights_sum_to_one_exactly(distribution):
+    with jax.enable_x64(True):
+        draw = lambda step: weights.random(jax.random.key(5), step, 3, distribution)
+        drawn = np.asarray(jax.vmap(draw)(jnp.arange(64)))
+    assert drawn.dtype == np.float64
+    np.testing.assert_allclose(drawn.sum(axis=1), 1, rtol=1e-14)

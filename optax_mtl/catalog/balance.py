@@ -12,6 +12,7 @@ from optax_mtl.methods.balance import (
     imtl_g,
     inverse_norm,
     nash_mtl,
+    pivrg,
     sam_gs,
 )
 
@@ -143,5 +144,17 @@ ROWS: dict[str, Entry] = {
         scale="own",
         state="T x P",
         promises="symmetric ignores_absent",
+    ),
+    "pivrg": row(
+        pivrg.pivrg,
+        (
+            "Revisiting Fairness in Multitask Learning: A Performance-Driven Approach"
+            " for Variance Reduction",
+            "CVPR 2025",
+            "https://openaccess.thecvf.com/content/CVPR2025/papers/Qin_Revisiting_Fairness_in_Multitask_Learning_A_Performance-Driven_Approach_for_Variance_CVPR_2025_paper.pdf",
+        ),
+        reads="gram",
+        scale="own",
+        promises="symmetric rotates never_conflicts stationary agrees ignores_absent",
     ),
 }

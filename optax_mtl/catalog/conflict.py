@@ -6,6 +6,7 @@ from optax_mtl.methods.conflict import (
     cagrad,
     config,
     dualproj,
+    fedmgda,
     gcond,
     graddrop,
     gradvac,
@@ -217,5 +218,16 @@ ROWS: dict[str, Entry] = {
         scale="own",
         promises="symmetric rotates scales stationary never_conflicts agrees"
         " ignores_absent",
+    ),
+    "fedmgda": row(
+        fedmgda.fedmgda,
+        (
+            "FedMGDA+: Federated Learning meets Multi-objective Optimization",
+            "IEEE TNSE 2022",
+            "https://arxiv.org/abs/2006.11489",
+        ),
+        reads="gram",
+        scale="own",
+        promises="symmetric rotates scale_free agrees ignores_absent",
     ),
 }

@@ -11,6 +11,7 @@ from optax_mtl.methods.loss import (
     group_dro,
     igb,
     imtl_l,
+    ldc_mtl,
     pbi,
     relobralo,
     scale_invariant,
@@ -227,5 +228,18 @@ ROWS: dict[str, Entry] = {
         scale="own",
         state="tasks",
         promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "ldc_mtl": row(
+        ldc_mtl.ldc_mtl,
+        (
+            "LDC-MTL: Balancing Multi-Task Learning through Scalable Loss Discrepancy"
+            " Control",
+            "2025",
+            "https://arxiv.org/abs/2502.08585",
+        ),
+        reads="losses",
+        scale="own",
+        state="tasks",
+        promises="rotates scales linear_in_scales ignores_absent",
     ),
 }

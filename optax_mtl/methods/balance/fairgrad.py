@@ -60,9 +60,8 @@ def fairgrad(
       Defaults are those of the authors' experiments; their class has ``alpha=1``,
       and their code multiplies by T before it limits the norm. Where there is no
       solution, because a convex combination of the gradients vanishes, the update
-      is zero. With ``alpha=2``, ``max_norm=None`` and the square roots of its weights
-      as the preference it is the problem that PIVRG (CVPR 2025) solves;
-      :func:`optax.inject_hyperparams` changes them between validations.
+      is zero. :func:`~optax_mtl.pivrg` is the case of ``alpha=2`` and a preference
+      that follows scores on validation data.
     """
     arguments.check_range("alpha", alpha, "[0, inf)")
     arguments.check_range("max_norm", max_norm, "(0, inf]", optional=True)

@@ -12,6 +12,7 @@ from optax_mtl.methods.loss.imtl_l import init_balance, learn_balance
 def imtl(
     num_tasks: int,
     *,
+    strict_paper: bool = False,
     optimizer: optax.GradientTransformation | None = None,
     min_losses: names.PerTask = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -30,6 +31,9 @@ def imtl(
 
     Args:
       num_tasks: number of tasks, T.
+      strict_paper: as in :func:`~optax_mtl.imtl_g`: whether to divide by the sum of the
+        weights of the gradients whatever its sign, and to take the pseudo-inverse of
+        the Gram matrix where gradients are dependent.
       optimizer: of the logarithms :math:`s` of the loss weights, which it sees one
         by one; by default ``optax.adam(0.025)``.
       min_losses: lower bounds of the losses, one number, shape ``(T,)`` or a dict by
@@ -58,17 +62,22 @@ def imtl(
 
     .. note::
       Heads get their gradients multiplied by :math:`e^{s_i}` in the paper; with
-      :func:`optax.partition` that is :func:`~optax_mtl.imtl_l` for the heads. Where
-      the sum of IMTL-G's weights is negative, see :func:`~optax_mtl.imtl_g`.
+      :func:`optax.partition` that is :func:`~optax_mtl.imtl_l` for the heads. For
+      three tasks and more the sum of IMTL-G's weights :math:`v` can be negative. The
+      update of the paper then *raises* the loss of every task, at equal rates. Here the
+      weights are :math:`v / \sum_i |v_i|` in that case, which keeps the equal
+      projections and lowers every loss.
     """
     arguments.check_count("num_tasks", num_tasks)
+    arguments.check_choice("strict_paper", strict_paper, (True, False))
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")
     optimizer = optax.adam(0.025) if optimizer is None else optimizer
 
     def step(state, gram, losses):
         exists = tasks.present(gram) & (losses != 0)
         scales = jnp.where(exists, jnp.exp(state.log_weights), 0)
-        weights = scales * imtl_g_weights(gram * jnp.outer(scales, scales))
+        balanced = gram * jnp.outer(scales, scales)
+        weights = scales * imtl_g_weights(balanced, strict_paper)
         return weights, learn_balance(state, optimizer, losses, exists)
 
     return base.from_state(

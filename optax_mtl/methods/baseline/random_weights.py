@@ -104,7 +104,7 @@ def draw(
     if distribution == "dirichlet":
         return jax.random.dirichlet(key, jnp.ones(shape))
     if distribution == "bernoulli":
-        chosen = _nonempty_subset(key, num_tasks).astype(jnp.float32)
+        chosen = _nonempty_subset(key, num_tasks).astype(float)
         return chosen / chosen.sum()
     if distribution == "uniform":
         return jax.nn.softmax(jax.random.uniform(key, shape))

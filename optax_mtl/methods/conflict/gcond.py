@@ -163,10 +163,10 @@ def gcond(
     def init_fn(params):
         return GCondState(
             previous=base.zeros_like(params, num_tasks, dtype=dtype),
-            norms=jnp.zeros(num_tasks, jnp.float32),
+            norms=jnp.zeros(num_tasks),
             arbitration=Arbitration(
-                cosines=jnp.zeros((num_tasks, num_tasks), jnp.float32),
-                coefficients=jnp.zeros((num_tasks, num_tasks), jnp.float32),
+                cosines=jnp.zeros((num_tasks, num_tasks)),
+                coefficients=jnp.zeros((num_tasks, num_tasks)),
                 winners=jnp.full(max(dominance_window, 1), -1, jnp.int32),
                 iterations=jnp.zeros([], jnp.int32),
             ),
