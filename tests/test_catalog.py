@@ -56,7 +56,7 @@ def test_every_weights_function_has_a_short_name():
 
 
 def test_readme_shows_the_table():
-    table = catalog.as_markdown()
+    table = catalog.families_as_markdown()
     assert table in README.read_text(), f"paste into README.md:\n\n{table}"
 
 

@@ -79,3 +79,12 @@ def as_markdown(family: str | None = None) -> str:
         )
         lines.append(row(cells))
     return "\n".join(lines)
+
+
+def families_as_markdown() -> str:
+    """The names of all methods, a line for each family, as in the README."""
+    lines = []
+    for family in FAMILIES:
+        names = [f"`{name}`" for name, row in METHODS.items() if row.family == family]
+        lines.append(f"| {family} | {', '.join(names)} |")
+    return "\n".join(["| family | methods |", "|---|---|", *lines])

@@ -1,11 +1,16 @@
-"""Every snippet of the README runs, from the README's own text."""
+"""Every snippet of the README and of the pages runs, from their own text."""
 
+import contextlib
+import csv
 import pathlib
 import re
+import struct
+import tempfile
 import textwrap
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 import pytest
@@ -15,7 +20,11 @@ from flax import nnx
 import optax_mtl
 from optax_mtl import nnx as mtl_nnx
 
-TEXT = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ["README.md", *(f"docs/{x.name}" for x in sorted((ROOT / "docs").glob("*.md")))]
 FENCE = re.compile(r"^( *)```(python|diff)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 RNG = np.random.default_rng(0)
 T = 3
@@ -29,10 +38,10 @@ PARAMS = {
 }
 
 
-def snippets():
+def snippets(page):
     """The Python code of each block; of a change, what stands after it."""
     found = []
-    for _, kind, text in FENCE.findall(TEXT):
+    for _, kind, text in FENCE.findall((ROOT / page).read_text()):
         code = textwrap.dedent(text)
         if kind == "diff":
             lines = [line[1:] for line in code.splitlines() if line[:1] in ("+", " ")]
@@ -78,8 +87,15 @@ def run(code, **names):
         "params": PARAMS,
         "batch": BATCH,
     } | names
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "snippet", "exec"), names)
     return names
+
+
+@contextlib.contextmanager
+def chdir():
+    """A folder of its own to write into."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield
 
 
 def assert_changed(params, other):
@@ -128,9 +144,91 @@ def two_lines_of_linen(code):
     assert_changed(names["state"].params, params)
 
 
-def conflicts(code):
-    report = run(code)["report"]
-    assert report.cosines.shape == (T, T) and report.norms.shape == (T,)
+def parameter_groups(code):
+    """The figure has a row for each parameter, and a column for each pair."""
+    run(code)
+    shown = pyplot.gcf().axes[0].images[0].get_array()
+    assert shown.shape == (len(PARAMS), T * (T - 1) // 2)
+    pyplot.close("all")
+
+
+def one_report(code):
+    run(code)
+
+
+def recorded(code):
+    names = run(code)
+    assert_changed(names["params"], PARAMS)
+    assert names["record"].last.names == ("depth", "labels", "normals")
+    assert names["record"].seen.max() == 1
+
+
+def with_recorder():
+    """What the page defines before it logs."""
+    (code,) = (x for x in snippets("docs/conflicts.md") if "record = " in x)
+    names = run(code)
+    return {name: names[name] for name in ("step", "params", "opt_state")}
+
+
+def logged_to_csv(code):
+    with chdir():
+        run(code, **with_recorder())
+        text = pathlib.Path("conflicts.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert all(-1 <= float(row["min_cosine"]) <= 1 for row in rows)
+    assert "cosine/0,1" in rows[0]
+
+
+def logged_to_tensorboard(code):
+    """Events read back: their frames are a length and sums of checks around a proto."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    with chdir():
+        run(code, **with_recorder())
+        (path,) = pathlib.Path("runs/conflicts").iterdir()
+        data, found = path.read_bytes(), {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+        data = data[16 + length :]
+    steps, norms = zip(*found["norm/0"])
+    assert steps == (0, 1, 2) and min(norms) > 0
+    assert "min_cosine" in found
+
+
+def logged_to_wandb(code):
+    """Offline it writes names and numbers, as JSON, into a file of its own."""
+    settings = {"WANDB_SILENT": "true", "WANDB_DIR": "."}
+    with chdir(), pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        run(code, **with_recorder())
+        (path,) = pathlib.Path().glob("wandb/offline-run-*/*.wandb")
+        data = path.read_bytes()
+    for name in (b"min_cosine", b"norm/0", b"cosine/0,1"):
+        assert data.count(name) >= 3
+
+
+def logged_by_clu(code):
+    """That it parses: its writers need TensorFlow, as the page says."""
+    compile(code, "snippet", "exec")
+
+
+def chain_of_all(code):
+    tx = run(code)["tx"]
+    losses, grads = optax_mtl.value_and_task_grads(losses_fn)(PARAMS, BATCH)
+    updates, state = tx.update(grads, tx.init(PARAMS), PARAMS, losses=losses)
+    assert_changed(optax_mtl.apply_updates(PARAMS, updates), PARAMS)
+    assert optax_mtl.recorded(state).seen.max() == 1
+
+
+def own_pcgrad(code):
+    tx = optax.chain(optax_mtl.pcgrad(), optax.sgd(0.1))
+    updates = run(code, tx=tx, state=tx.init(PARAMS))["updates"]
+    assert_changed(optax_mtl.apply_updates(PARAMS, updates), PARAMS)
 
 
 def routed_heads(code):
@@ -172,7 +270,7 @@ def own_method(code):
 
 
 def own_method_tried(code):
-    run(code, method=run(snippets()[CHECKS.index(own_method)])["method"])
+    run(code, method=run(snippets("docs/own_method.md")[0])["method"])
 
 
 def whole_chain(code):
@@ -260,8 +358,8 @@ def haiku_model(code):
 
 
 def kauldron_step(code):
-    """That it parses: the README says that it is not run here, and why."""
-    compile(code, "README.md", "exec")
+    """That it parses: the page says that it is not run here, and why."""
+    compile(code, "snippet", "exec")
 
 
 def transformer():
@@ -336,33 +434,44 @@ def freezing(code):
     assert not updates["trunk"].any() and updates["heads"].any()
 
 
-CHECKS = [
-    two_lines,
-    two_lines_of_nnx,
-    two_lines_of_linen,
-    conflicts,
-    routed_heads,
-    race,
-    own_method,
-    own_method_tried,
-    whole_chain,
-    missing_labels,
-    balanced_first,
-    heads_of_nnx,
-    equinox_model,
-    haiku_model,
-    kauldron_step,
-    sharded_transformer,
-    freezing,
-]
+CHECKS = {
+    "README.md": [two_lines, parameter_groups, race],
+    "docs/chains.md": [chain_of_all],
+    "docs/choose.md": [race],
+    "docs/coming_from.md": [own_pcgrad],
+    "docs/conflicts.md": [
+        one_report,
+        parameter_groups,
+        recorded,
+        logged_to_csv,
+        logged_to_tensorboard,
+        logged_to_wandb,
+        logged_by_clu,
+    ],
+    "docs/frameworks.md": [
+        two_lines_of_nnx,
+        two_lines_of_linen,
+        heads_of_nnx,
+        equinox_model,
+        haiku_model,
+        kauldron_step,
+    ],
+    "docs/gradients.md": [whole_chain],
+    "docs/index.md": [two_lines],
+    "docs/own_method.md": [own_method, own_method_tried],
+    "docs/recipes.md": [missing_labels, balanced_first, sharded_transformer, freezing],
+    "docs/what_a_method_sees.md": [routed_heads],
+}
+CASES = [(page, i) for page, checks in CHECKS.items() for i in range(len(checks))]
 
 
 def test_every_snippet_has_a_check():
-    assert len(snippets()) == len(CHECKS), "add a check for the new snippet, in order"
+    counts = {page: len(snippets(page)) for page in PAGES}
+    expected = {page: len(CHECKS.get(page, [])) for page in PAGES}
+    assert counts == expected, "add a check for the new snippet, in order"
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_snippet(check):
-    code = snippets()[CHECKS.index(check)]
+@pytest.mark.parametrize(("page", "number"), CASES)
+def test_snippet(page, number):
     with jax.numpy_rank_promotion("allow"):  # As users have it.
-        check(code)
+        CHECKS[page][number](snippets(page)[number])
