@@ -2,6 +2,7 @@
 # make test    lint, types, tests and doctests
 # make bench   time the methods against the plain sum and installed peers
 # make docs    build the documentation: docs/_build/html/index.html
+# make notebooks  run all notebooks in full size, and keep their figures in them
 # make lint    format check, lint and types only
 # make clean   remove environment, caches and results
 #
@@ -25,7 +26,7 @@ ifneq ($(shell $(BIN)/python $(VERSION)), $(shell $(PYTHON) $(VERSION)))
 endif
 endif
 
-.PHONY: demo test bench docs lint clean
+.PHONY: demo test bench docs notebooks lint clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.quickstart.train
@@ -39,6 +40,9 @@ bench: $(VENV)/.bench
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --quiet docs docs/_build/html
 	@echo 'the pages: docs/_build/html/index.html'
+
+notebooks: $(VENV)/.docs $(VENV)/.examples
+	$(BIN)/python -m docs.run_notebooks
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --quiet
