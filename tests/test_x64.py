@@ -47,14 +47,37 @@ def test_types_under_x64(name, precision):
     assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_nothing_is_kept_in_less_than_float64(name):
-    """Of a float64 model."""
+def equations(jaxpr):
+    """Those of a program and of all within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=is_program):
+            if is_program(inner):
+                yield from equations(inner)
+
+
+def is_program(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_float64_model_gets_float64_throughout(name):
+    """No number on the way is rounded to less, as a count divided by a count is."""
     with jax.enable_x64(True):
-        model = jax.tree.map(lambda x: x.astype("float64"), params())
-        state = jax.eval_shape(EVERY[name]().init, model)
-    types = {x.dtype for x in jax.tree.leaves(state)}
-    assert np.dtype("float32") not in types
+        precise = lambda tree: jax.tree.map(lambda x: np.float64(x), tree)
+        method, updates, model = ALL[name](), precise(stacked(3)), precise(params())
+        if "one each" in name:
+            updates = jax.tree.map(lambda x: x[0], updates)
+        state = jax.eval_shape(method.init, model)
+        update = lambda g, s, p, x: method.update(g, s, p, losses=x)
+        program = jax.make_jaxpr(update)(updates, state, model, precise(losses(3)))
+    rounded = [
+        str(equation.source_info.traceback)
+        for equation in equations(program.jaxpr)
+        for out in equation.outvars
+        if out.aval.dtype in ("float32", "float16", "bfloat16")
+    ]
+    assert not rounded
 
 
 @pytest.mark.parametrize("distribution", random_weights.DISTRIBUTIONS)
