@@ -92,3 +92,8 @@ def test_a_wrong_number_of_scores_is_refused():
     with pytest.raises(ValueError, match=r"scores has shape \(2,\).* 3 tasks"):
         method = optax_mtl.pivrg([1.0, 2.0])
         method.update(updates, method.init(None))
+    named = lambda names: dict.fromkeys(names, jnp.array(1.0))
+    with pytest.raises(ValueError, match="scores are those of the tasks 'a', 'b', 'd'"):
+        method.update(
+            updates, method.init(None), losses=named("abc"), scores=named("abd")
+        )
