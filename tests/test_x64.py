@@ -87,3 +87,20 @@ def test_random_weights_sum_to_one_exactly(distribution):
         drawn = np.asarray(jax.vmap(draw)(jnp.arange(64)))
     assert drawn.dtype == np.float64
     np.testing.assert_allclose(drawn.sum(axis=1), 1, rtol=1e-14)
+
+
+def test_whole_numbers_become_float64():
+    """Counts of labels, losses, and matrices of the solvers."""
+    with jax.enable_x64(True):
+        losses_fn = lambda w, x: jnp.stack([(w * x).mean(), (w**2 * x).mean()])
+        labels = lambda x: jnp.sum(jnp.stack([x > 0, x > 1]), axis=1)
+        fn = optax_mtl.accumulate_task_grads(losses_fn, 3, num_labels=labels)
+        _, updates = fn(np.float64(1), np.array([1.0, 2, 1, 2, 0, 1]))
+        w = optax_mtl.solvers.simplex_qp(np.array([[18, -22], [-22, 38]]))
+        gls, eye = optax_mtl.gls(), jnp.eye(2)
+        weights, _ = gls.update(eye, gls.init(None), losses=np.array([1, 3]))
+    # Of the examples at 0, 3; 1, 4; 2, 5 with 2, 2, 1 and 1, 1, 0 labels.
+    expected = [(2 * 1.5 + 2 * 1 + 1) / 5, 2 * (1.5 + 1) / 2]
+    np.testing.assert_allclose(updates, expected, rtol=1e-12)
+    np.testing.assert_allclose(w, [0.6, 0.4], rtol=1e-12)
+    np.testing.assert_allclose(weights, np.sqrt(3) / [2, 6], rtol=1e-12)
