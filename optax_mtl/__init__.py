@@ -96,6 +96,7 @@ from optax_mtl.methods.loss.ldc_mtl import ldc_mtl as ldc_mtl
 from optax_mtl.methods.loss.pbi import pbi as pbi
 from optax_mtl.methods.loss.relobralo import relobralo as relobralo
 from optax_mtl.methods.loss.scale_invariant import scale_invariant as scale_invariant
+from optax_mtl.methods.loss.slaw import slaw as slaw
 from optax_mtl.methods.loss.softadapt import softadapt as softadapt
 from optax_mtl.methods.loss.stch import stch as stch
 from optax_mtl.methods.loss.uncertainty_weighting import (

@@ -155,27 +155,35 @@ def active_set(Q, q, lower, mask=None, start=None, on_simplex=False, upper=None)
         best = jnp.arange(size) == jnp.argmin(values)
         first = jnp.where(best, 1 / a, 0)
     finite = jnp.all(jnp.isfinite(Q)) & jnp.all(jnp.isfinite(q + lower + first))
-    normal = a / jnp.max(a, where=allowed, initial=0)  # Adds a multiple of (a'x-1)^2.
-    K = Q + jnp.outer(normal, normal) if on_simplex else Q
     identity = jnp.eye(size, dtype=Q.dtype)
 
-    def solve(free, b, ridge):
+    def solve(K, free, b, ridge):
         both = jnp.outer(free, free)
         L = jnp.linalg.cholesky(
             jnp.where(both, K + ridge * identity, identity), symmetrize_input=False
         )
-        b = jnp.where(free[:, None], b, 0)
+        b = jnp.where(free, b, 0)[:, None]
         b = lax.linalg.triangular_solve(L, b, left_side=True, lower=True)
-        return lax.linalg.triangular_solve(
+        x = lax.linalg.triangular_solve(
             L, b, left_side=True, lower=True, transpose_a=True
         )
+        return x[:, 0]
 
     def newton(free, reduced, gap, ridge):
         if not on_simplex:
-            return solve(free, reduced[:, None], ridge)[:, 0]
-        y = solve(free, jnp.stack([reduced, a], 1), ridge)
-        common = (gap - inner(a, y[:, 0])) / positive(inner(a, y[:, 1]))
-        return y[:, 0] + common * y[:, 1]
+            return solve(Q, free, reduced, ridge)
+        # One variable follows from the others by the sum; that with the largest
+        # coefficient, so that none of theirs is made larger.
+        pivot = jnp.argmax(jnp.where(free, a, 0))
+        others = free & (jnp.arange(size) != pivot)
+        ratio = jnp.where(others, a / a[pivot], 0)
+        row = Q[pivot]
+        K = Q - jnp.outer(ratio, row) - jnp.outer(row, ratio)
+        K = K + row[pivot] * jnp.outer(ratio, ratio)
+        b = reduced - row * (gap / a[pivot])
+        y = solve(K, others, b - ratio * b[pivot], ridge)
+        last = (gap - inner(a, y)) / a[pivot]
+        return jnp.where(jnp.arange(size) == pivot, last, y)
 
     limited = not on_simplex  # The simplex itself limits x.
     pulled, settled, centre = jnp.asarray(limited), jnp.asarray(False), lower
@@ -198,10 +206,10 @@ def active_set(Q, q, lower, mask=None, start=None, on_simplex=False, upper=None)
         Qx = q + (high + low)
         reduced = -(high + low)
         if on_simplex:  # The common level is much larger than the differences.
-            share = x  # Whose sum is 1: what is not free is 0, or left out.
-            if upper is not None:
-                share = jnp.where(free, x + eps / a, 0)
-                share = share / positive(inner(a, share))
+            share = x
+            if upper is not None:  # What is not free is not at the level.
+                largest = jnp.argmax(jnp.where(free, a, 0))
+                share = jnp.where(free & (jnp.arange(size) == largest), 1 / a, 0)
             reduced = -(high - a * inner(high, share) + low)
             reduced = reduced - a * inner(reduced, share)
         pull = jnp.where(pulled, ridge, 0)

@@ -19,9 +19,16 @@ def vary(data, carry):
     return jax.tree.map(lambda x: jnp.where(data, x, x), carry)
 
 
+def float_dtype(dtype):
+    """The dtype to compute in: float32 at least, and the default for whole numbers."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.result_type(float)
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def compute(*arrays):
     """Casts to the common dtype, float32 at least."""
-    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    dtype = float_dtype(jnp.result_type(*arrays))
     return tuple(jnp.asarray(a, dtype) for a in arrays)
 
 

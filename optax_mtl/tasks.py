@@ -13,6 +13,8 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optax_mtl import precise
+
 # One megabyte of float32 fits the cache of a CPU core. Blocks pay off from eight.
 _BLOCK_ELEMENTS, _MAX_IN_ONE_PIECE = 2**18, 2**21
 
@@ -336,7 +338,7 @@ def stack_losses(losses: Any, num_tasks: int | None, name: str = "losses") -> ja
             f"{name} have shape {vector.shape}, expected one scalar for each of the"
             f" {num_tasks} tasks, as a vector ({num_tasks},) or a dict of scalars"
         )
-    return vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
+    return vector.astype(precise.float_dtype(vector.dtype))
 
 
 def unstack_losses(vector: jax.Array, like: Any) -> Any:
@@ -606,9 +608,9 @@ def squared_norms(updates: optax.Updates) -> jax.Array:
         return jnp.diagonal(gram(updates))
 
     def square(x):
-        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         axes = tuple(range(1, x.ndim))
-        return jnp.sum((precise * precise.conj()).real, axis=axes)
+        return jnp.sum((y * y.conj()).real, axis=axes)
 
     return sum_leaves([square(x) for x in jax.tree.leaves(updates)])
 

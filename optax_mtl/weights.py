@@ -27,6 +27,7 @@ from optax_mtl.methods.loss.go4align import go4align_weights as go4align
 from optax_mtl.methods.loss.group_dro import group_dro_weights as group_dro
 from optax_mtl.methods.loss.igb import igb_weights as igb
 from optax_mtl.methods.loss.pbi import pbi_weights as pbi
+from optax_mtl.methods.loss.slaw import slaw_weights as slaw
 from optax_mtl.methods.loss.stch import stch_linear_weights as stch_linear
 from optax_mtl.methods.loss.stch import stch_weights as stch
 from optax_mtl.methods.loss.uw_so import uw_so_weights as uw_so
@@ -83,6 +84,7 @@ __all__ = [
     "priority_projection",
     "random",
     "sdmgrad",
+    "slaw",
     "stch",
     "stch_linear",
     "upgrad",

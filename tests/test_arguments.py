@@ -196,6 +196,7 @@ METHODS = {
         "key": KEY,
         "min_losses": FINITE,
     },
+    "slaw": {"num_tasks": COUNT, "decay": DECAY},
     "softadapt": {
         "num_tasks": COUNT,
         "variant": CHOICE,

@@ -63,6 +63,9 @@ VARIANTS = {
     "krum": lambda: optax_mtl.krum(0, num_selected=1, squared=False),
     "cone": lambda: optax_mtl.priority_projection(mode="cone"),
     "complement": lambda: optax_mtl.priority_projection(mode="always"),
+    "pcgrad by losses": lambda: optax_mtl.pcgrad(order="losses", unprojected=0.3),
+    "ldc_mtl of logarithms": lambda: optax_mtl.ldc_mtl(3, transform="log"),
+    "imtl by the paper": lambda: optax_mtl.imtl(3, strict_paper=True),
     "log_losses": lambda: optax.chain(optax_mtl.log_losses(), optax_mtl.linear()),
     "record_conflicts": lambda: optax.chain(
         optax_mtl.record_conflicts(3, every=2), optax_mtl.cagrad()

@@ -12,6 +12,7 @@ from optax_mtl import weights
 
 GRADIENTS = np.random.default_rng(0).normal(size=(4, 9)) + 0.5
 SCORES = [12.0, -3.0, 4.5, 0.0]
+SOLVE = jax.jit(weights.pivrg)
 
 
 def expected(scores, bound, min_temperature):
@@ -35,16 +36,14 @@ def test_against_scipy(min_temperature):
     """By the bound; a bit above it; nearly equal weights."""
     w, a = expected(SCORES, 1.8, min_temperature)
     assert w.max() / w.min() <= 1.8 * (1 + 1e-12)
-    gram = GRADIENTS @ GRADIENTS.T
+    gram, scores = GRADIENTS @ GRADIENTS.T, np.array(SCORES)
     for double, tolerance in ((False, 1e-5), (True, 1e-9)):
         with jax.enable_x64(double):
-            found = weights.pivrg(
-                jnp.asarray(gram), jnp.array(SCORES), 1.8, min_temperature
-            )
+            found = SOLVE(gram, scores, 1.8, min_temperature)
             np.testing.assert_allclose(found, a, rtol=tolerance)
-    fair = optax_mtl.fairgrad(2.0, max_norm=None, preference=np.sqrt(w))
-    update, _ = fair.update(jnp.asarray(GRADIENTS), fair.init(None))
-    np.testing.assert_allclose(update, a @ GRADIENTS, rtol=1e-5)
+    # With these weights as its preference, it is FairGrad.
+    fair = weights.fairgrad(jnp.asarray(gram), jnp.sqrt(jnp.asarray(w)))
+    np.testing.assert_allclose(fair, a, rtol=1e-5)
 
 
 def test_scores_in_every_way_in():
@@ -92,3 +91,8 @@ def test_a_wrong_number_of_scores_is_refused():
     with pytest.raises(ValueError, match=r"scores has shape \(2,\).* 3 tasks"):
         method = optax_mtl.pivrg([1.0, 2.0])
         method.update(updates, method.init(None))
+    named = lambda names: dict.fromkeys(names, jnp.array(1.0))
+    with pytest.raises(ValueError, match="scores are those of the tasks 'a', 'b', 'd'"):
+        method.update(
+            updates, method.init(None), losses=named("abc"), scores=named("abd")
+        )

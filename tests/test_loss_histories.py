@@ -164,3 +164,48 @@ def test_one_group_is_the_mean():
     found = weights_of(optax_mtl.go4align(3, num_groups=1, step_size=0.0))
     expected = np.full(3, np.mean(LOSSES[2].sum() / LOSSES[2] / 3))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def slaw_by_hand(losses, decay):
+    """Means of the losses and of their squares, at first plain ones, in NumPy."""
+    mean = square = 0
+    for n, x in enumerate(losses, start=1):
+        kept = min((n - 1) / n, decay)
+        mean, square = kept * mean + (1 - kept) * x, kept * square + (1 - kept) * x**2
+    inverse = 1 / np.sqrt(square - mean**2)
+    return losses.shape[1] * inverse / inverse.sum()
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.5])
+def test_slaw_against_means_of_squares(decay):
+    """Also far from zero, where these cancel, and of losses of either sign."""
+    series = np.random.default_rng(0).normal(size=(9, 3)) * [1.0, 0.1, 5.0]
+    for offset in ([0.0, 0.0, 0.0], [100.0, -20.0, 1.0]):
+        losses = series + offset
+        method, expected = optax_mtl.slaw(3, decay=decay), slaw_by_hand(losses, decay)
+        with jax.enable_x64(True):
+            found = weights_of(method, losses)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+        # The losses themselves have seven digits.
+        found = weights_of(method, losses)
+        np.testing.assert_allclose(
+            found, expected, rtol=1e-5 if offset[0] == 0 else 2e-4
+        )
+
+
+def test_slaw_is_one_until_deviations_are_known():
+    losses = np.array([[2.0, 1.0, 3.0], [1.0, 0.5, 0.0], [1.0, 0.25, 2.0]])
+    method = optax_mtl.slaw(3)
+    np.testing.assert_array_equal(weights_of(method, losses[:1]), 1)
+    # The third is seen for the second time in the third step alone.
+    found = weights_of(method, losses[:2])
+    np.testing.assert_allclose(found, [2 / 3, 4 / 3, 0], rtol=1e-6)
+    assert weights_of(method, losses).min() > 0
+    equal = np.ones((3, 2)) * [0.3, 0.7]
+    np.testing.assert_array_equal(weights_of(optax_mtl.slaw(2), equal), 1)
+
+
+def test_slaw_of_a_loss_that_is_constant():
+    losses = np.array([[2.0, 1.0], [1.0, 1.0], [3.0, 1.0]])
+    found = weights_of(optax_mtl.slaw(2), losses)
+    np.testing.assert_allclose(found, [2e-5, 2], rtol=2e-5)

@@ -15,7 +15,7 @@ BOUNDS = np.array([-1.0, -2.0, 0.5])
 ABOVE = NEGATIVE - BOUNDS  # 3, 1.5 and 0.5.
 
 # Their own objectives give losses of either sign a meaning.
-OF_EITHER_SIGN = ("cosmos", "group_dro", "pbi", "v_rex")
+OF_EITHER_SIGN = ("cosmos", "group_dro", "pbi", "slaw", "v_rex")
 CASES = {
     name: (name, {})
     for name, entry in optax_mtl.METHODS.items()
@@ -122,6 +122,8 @@ def test_others_follow_their_objective_whatever_the_sign(name):
             return r @ losses - r @ losses / np.linalg.norm(r) / np.linalg.norm(losses)
         if name == "v_rex":
             return losses.mean() + losses.var()
+        if name == "slaw":  # Without a history.
+            return losses.sum()
         if name == "group_dro":  # Its weights are those of a soft maximum.
             return 100 * np.log(np.exp(losses / 100).sum())
         ray = r / np.linalg.norm(r)

@@ -104,12 +104,20 @@ def test_a_smooth_mask_at_any_size(size):
 
 def test_counts_by_threshold_are_exact():
     """A share of the signs, at it: in; whatever the number of tasks."""
-    for count in (3, 5, 7, 9, 10, 11, 13, 30, 39):
-        for opposed in range((count + 1) // 2):
-            signs = np.ones((count, 1), np.float32)
-            signs[:opposed] = -1
-            share = (count - 2 * opposed) / count
-            method = optax_mtl.and_mask(share)
-            with jax.disable_jit():
-                found, _ = method.update(jnp.asarray(signs), method.init(None))
-            np.testing.assert_allclose(found, share, rtol=1e-6)
+    cases = [
+        (count, opposed)
+        for count in (3, 5, 7, 9, 10, 11, 13, 30, 39)
+        for opposed in range((count + 1) // 2)
+    ]
+    signs = np.zeros((len(cases), 39, 1), np.float32)  # The others are absent.
+    for case, (count, opposed) in zip(signs, cases):
+        case[:count] = 1
+        case[:opposed] = -1
+    shares = np.array([(count - 2 * opposed) / count for count, opposed in cases])
+
+    def update(signs, share):
+        method = optax_mtl.and_mask(share)
+        return method.update(signs, method.init(None))[0][0]
+
+    found = jax.jit(jax.vmap(update))(signs, shares.astype(np.float32))
+    np.testing.assert_allclose(found, shares, rtol=1e-6)

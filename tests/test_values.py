@@ -119,6 +119,7 @@ ROWS = [
         np.array([0.392486, 0.233333, 0.374181]) / np.sqrt([6, 6, 14.25]),
         source="quadprog",
     ),
+    Row("and_mask", {"threshold": 0.5}, J2, update=[0, 1.5, 1.5]),
     Row("fedmgda", {"epsilon": 0.0}, J2, 0.5 / NORMS, source="average of units"),
     Row("mmpareto", {"gamma": 1.0}, EYE3, [1, 1, 1], source="no conflict: the sum"),
     # RACO by its formulae; the second by SciPy's SLSQP, too.

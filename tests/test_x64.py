@@ -47,14 +47,37 @@ def test_types_under_x64(name, precision):
     assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_nothing_is_kept_in_less_than_float64(name):
-    """Of a float64 model."""
+def equations(jaxpr):
+    """Those of a program and of all within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=is_program):
+            if is_program(inner):
+                yield from equations(inner)
+
+
+def is_program(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_float64_model_gets_float64_throughout(name):
+    """No number on the way is rounded to less, as a count divided by a count is."""
     with jax.enable_x64(True):
-        model = jax.tree.map(lambda x: x.astype("float64"), params())
-        state = jax.eval_shape(EVERY[name]().init, model)
-    types = {x.dtype for x in jax.tree.leaves(state)}
-    assert np.dtype("float32") not in types
+        precise = lambda tree: jax.tree.map(lambda x: np.float64(x), tree)
+        method, updates, model = ALL[name](), precise(stacked(3)), precise(params())
+        if "one each" in name:
+            updates = jax.tree.map(lambda x: x[0], updates)
+        state = jax.eval_shape(method.init, model)
+        update = lambda g, s, p, x: method.update(g, s, p, losses=x)
+        program = jax.make_jaxpr(update)(updates, state, model, precise(losses(3)))
+    rounded = [
+        str(equation.source_info.traceback)
+        for equation in equations(program.jaxpr)
+        for out in equation.outvars
+        if out.aval.dtype in ("float32", "float16", "bfloat16")
+    ]
+    assert not rounded
 
 
 @pytest.mark.parametrize("distribution", random_weights.DISTRIBUTIONS)
@@ -64,3 +87,20 @@ def test_random_weights_sum_to_one_exactly(distribution):
         drawn = np.asarray(jax.vmap(draw)(jnp.arange(64)))
     assert drawn.dtype == np.float64
     np.testing.assert_allclose(drawn.sum(axis=1), 1, rtol=1e-14)
+
+
+def test_whole_numbers_become_float64():
+    """Counts of labels, losses, and matrices of the solvers."""
+    with jax.enable_x64(True):
+        losses_fn = lambda w, x: jnp.stack([(w * x).mean(), (w**2 * x).mean()])
+        labels = lambda x: jnp.sum(jnp.stack([x > 0, x > 1]), axis=1)
+        fn = optax_mtl.accumulate_task_grads(losses_fn, 3, num_labels=labels)
+        _, updates = fn(np.float64(1), np.array([1.0, 2, 1, 2, 0, 1]))
+        w = optax_mtl.solvers.simplex_qp(np.array([[18, -22], [-22, 38]]))
+        gls, eye = optax_mtl.gls(), jnp.eye(2)
+        weights, _ = gls.update(eye, gls.init(None), losses=np.array([1, 3]))
+    # Of the examples at 0, 3; 1, 4; 2, 5 with 2, 2, 1 and 1, 1, 0 labels.
+    expected = [(2 * 1.5 + 2 * 1 + 1) / 5, 2 * (1.5 + 1) / 2]
+    np.testing.assert_allclose(updates, expected, rtol=1e-12)
+    np.testing.assert_allclose(w, [0.6, 0.4], rtol=1e-12)
+    np.testing.assert_allclose(weights, np.sqrt(3) / [2, 6], rtol=1e-12)

@@ -15,6 +15,7 @@ from optax_mtl.methods.loss import (
     pbi,
     relobralo,
     scale_invariant,
+    slaw,
     softadapt,
     stch,
     uncertainty_weighting,
@@ -241,5 +242,17 @@ ROWS: dict[str, Entry] = {
         scale="own",
         state="tasks",
         promises="rotates scales linear_in_scales ignores_absent",
+    ),
+    "slaw": row(
+        slaw.slaw,
+        (
+            "SLAW: Scaled Loss Approximate Weighting for Efficient Multi-Task Learning",
+            "2021",
+            "https://arxiv.org/abs/2109.08218",
+        ),
+        reads="losses",
+        scale="sum",
+        state="tasks",
+        promises="symmetric rotates scales linear_in_scales agrees ignores_absent",
     ),
 }

@@ -42,7 +42,7 @@ def rates_of(
     """
     total = count + weight
     share = weight / jnp.where(total > 0, total, 1)
-    new = jnp.where(total > 0, share, 1 / (step + 1)).astype(count.dtype)
+    new = jnp.where(total > 0, share, 1 / (step + 1).astype(count.dtype))
     return (1 - new, new), total.astype(count.dtype)
 
 

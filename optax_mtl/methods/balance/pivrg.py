@@ -77,6 +77,8 @@ def pivrg(
     given = scores
 
     def update_fn(updates, state, params=None, *, scores=None, **extra_args):
+        tasks.check_same_names(extra_args.get("losses"), scores, "scores")
+
         def weights_fn(gram):
             if scores is None:
                 latest = arguments.for_each_task("scores", given, len(gram), gram.dtype)

@@ -86,7 +86,8 @@ def cov_weighting(
         weights = sizes * base.reciprocal(sizes.sum())
 
         ratios = jnp.where(first, 1, losses * base.reciprocal(state.mean_losses))
-        kept = state.counts / (state.counts + 1)
+        seen = state.counts.astype(float)  # Else float32, whatever the precision.
+        kept = seen / (seen + 1)
         if decay is not None:
             kept = jnp.where(first, 0, decay)
         mean_ratios = kept * state.mean_ratios + (1 - kept) * ratios

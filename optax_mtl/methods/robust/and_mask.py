@@ -49,21 +49,23 @@ def and_mask(
     """
     arguments.check_range("threshold", threshold, "[0, 1]")
 
-    def mask(agreement, variance):
+    def mask(excess, variance):
         del variance
-        return (agreement >= threshold).astype(agreement.dtype)
+        return (excess >= 0).astype(excess.dtype)
 
-    return masked_mean(mask)
+    return masked_mean(threshold, mask)
 
 
 def masked_mean(
+    threshold: jax.typing.ArrayLike,
     mask_fn: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method out of a mask of the average gradient, scaled to a mean of 1.
 
     Args:
-      mask_fn: maps, for each coordinate of a tensor, how far the signs agree, between 0
-        and 1, and the variance between the tasks to numbers between 0 and 1.
+      threshold: how far the signs should agree, between 0 and 1.
+      mask_fn: maps, for each coordinate of a tensor, how much more they agree and the
+        variance between the tasks to numbers between 0 and 1.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
@@ -78,12 +80,13 @@ def masked_mean(
         if tasks.check_stacked(updates, params) is None:
             return updates, state
         exists = tasks.has_gradient(updates)
-        return jax.tree.map(lambda x: _masked_mean(x, exists, mask_fn), updates), state
+        mask = lambda x: _masked_mean(x, exists, threshold, mask_fn)
+        return jax.tree.map(mask, updates), state
 
     return base.from_coordinates(init_fn, update_fn)
 
 
-def _masked_mean(x, exists, mask_fn):
+def _masked_mean(x, exists, threshold, mask_fn):
     accurate = jnp.promote_types(x.dtype, jnp.float32)
     exists = exists.astype(accurate)
     count = jnp.maximum(exists.sum(), 1)
@@ -92,10 +95,11 @@ def _masked_mean(x, exists, mask_fn):
         coordinates.each(lambda g, here: fn(g.astype(accurate), here), x, exists),
     )
     mean = of_tasks(lambda g, here: g) / count
-    # Whole numbers: their sum is exact, and so is a share of 1.
-    agreement = jnp.abs(of_tasks(lambda g, here: jnp.sign(g))) / count
+    excess = jnp.abs(of_tasks(lambda g, here: jnp.sign(g))) / count - threshold
+    # At the threshold rounding errors do not decide.
+    excess = jnp.where(jnp.abs(excess) > 4 * jnp.finfo(accurate).eps, excess, 0)
     squares = of_tasks(lambda g, here: here * (g - mean) ** 2)
-    mask = mask_fn(agreement, squares / jnp.maximum(count - 1, 1))
+    mask = mask_fn(excess, squares / jnp.maximum(count - 1, 1))
     average = jnp.mean(mask)
     out = mask * mean / jnp.where(average == 0, 1, average)
     # What is not finite is not masked: the step is to be skipped.

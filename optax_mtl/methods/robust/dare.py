@@ -53,8 +53,8 @@ def dare(
       Models as a Free Lunch <https://arxiv.org/abs/2311.03099>`_, ICML 2024
 
     .. note::
-      Scale the update with :func:`optax.scale` where task vectors are added with a
-      factor.
+      Scale the update with :func:`optax.scale` where task vectors are averaged, or
+      added with a factor.
     """
     arguments.check_range("drop", drop, "[0, 1)")
     arguments.check_key(key)

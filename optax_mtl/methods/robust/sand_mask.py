@@ -57,10 +57,10 @@ def sand_mask(
     arguments.check_range("threshold", threshold, "[0, 1]")
     arguments.check_range("k", k, "(0, inf)")
 
-    def mask(agreement, variance):
-        slope = k * jnp.maximum(agreement - threshold, 0)
+    def mask(excess, variance):
+        slope = k * jnp.maximum(excess, 0)
         # Of 10 and more the tanh is 1.
         steep = slope / jnp.where(slope > 0, jnp.maximum(variance, slope / 32), 1)
         return jnp.where(jnp.isfinite(variance), jnp.tanh(steep), jnp.nan)
 
-    return masked_mean(mask)
+    return masked_mean(threshold, mask)
