@@ -17,11 +17,11 @@
 # %% [markdown]
 # # Pre-training a language model on three tasks at once
 #
-# BERT guesses masked words and whether one sentence follows another; ELECTRA finds words
-# that were replaced. One transformer, three heads, one sum of losses, and RoBERTa (Liu
-# et al., 2019) found that BERT does better without the second. Do the gradients of the
-# three oppose each other? On the documentation strings of NumPy and SciPy, two minutes
-# on a CPU.
+# BERT guesses masked words and whether one sentence follows another; ELECTRA finds
+# words that were replaced. One transformer, three heads, one sum of losses, and RoBERTa
+# (Liu et al., 2019) found that BERT does better without the second. Do the gradients of
+# the three oppose each other? On the documentation strings of NumPy and SciPy, two
+# minutes on a CPU.
 
 # %%
 # Installs the library on Colab, and nothing that could replace Colab's own JAX.
@@ -39,6 +39,7 @@ if "google.colab" in sys.modules:
 import collections
 import importlib
 import inspect
+import itertools
 import os
 import re
 
@@ -57,10 +58,10 @@ print("JAX running on", jax.devices()[0].platform.upper())
 # @title Settings
 STEPS = 600  # @param {type:"integer"}
 SEEDS = 2  # @param {type:"integer"}
-LEARNING_RATES = [3e-3]
+LEARNING_RATES = [6e-3]
 METHODS = ["upgrad", "nash_mtl"]
-WEIGHTINGS = 4  # @param {type:"integer"}
-LENGTH, BATCH, WIDTH, LAYERS, VOCABULARY = 12, 32, 48, 2, 1500
+WEIGHTINGS = 3  # @param {type:"integer"}
+LENGTH, BATCH, WIDTH, LAYERS, VOCABULARY, MASKED = 10, 64, 40, 1, 800, 3
 if os.environ.get("FAST"):  # The tests run every cell, briefly.
     STEPS, METHODS, WEIGHTINGS, LAYERS = 10, METHODS[:1], 1, 1
 
@@ -104,7 +105,7 @@ def encode(sentence):
     return codes + [PAD] * (LENGTH - len(codes))
 
 
-pairs = [(encode(a), encode(b)) for text in texts for a, b in zip(text[:-1], text[1:])]
+pairs = [(encode(a), encode(b)) for text in texts for a, b in itertools.pairwise(text)]
 pairs = jnp.array(np.random.default_rng(0).permutation(pairs), jnp.int32)
 splits = {"train": pairs[:-2000], "select": pairs[-2000:-1000], "report": pairs[-1000:]}
 print(f"{sum(counts.values()):,} words, {len(pairs):,} pairs of sentences")
@@ -112,8 +113,8 @@ print(f"{sum(counts.values()):,} words, {len(pairs):,} pairs of sentences")
 # %% [markdown]
 # ## One batch, three tasks
 #
-# Half of the pairs get another second sentence. Of all words 12 % are masked, and 12 %
-# replaced by others.
+# Half of the pairs get another second sentence. Of the words of a pair three are
+# masked, and 15 % of the others replaced.
 
 
 # %%
@@ -126,16 +127,17 @@ def draw(key, split, size):
     separate = jnp.full((size, 1), SEPARATE)
     true = jnp.concatenate([data[rows, 0], separate, second], axis=1)
     is_word = true > SEPARATE
-    chance = jax.random.uniform(keys[2], true.shape)
-    masked, touched = is_word & (chance < 0.12), is_word & (chance > 0.88)
+    chance = jnp.where(is_word, jax.random.uniform(keys[2], true.shape), 2)
+    places = jnp.argsort(chance, axis=1)[:, :MASKED]
+    masked = jax.nn.one_hot(places, true.shape[1], dtype=bool).any(axis=1)
     noise = jax.random.permutation(keys[3], true.reshape(-1)).reshape(true.shape)
-    noise = jnp.where(noise > SEPARATE, noise, UNKNOWN)
-    seen = jnp.where(masked, MASK, jnp.where(touched, noise, true))
+    touched = is_word & jax.random.bernoulli(keys[4], 0.15, true.shape)
+    seen = jnp.where(touched & (noise > SEPARATE), noise, true)
     return {
-        "seen": seen,
-        "true": true,
-        "masked": masked,
-        "replaced": touched & (noise != true),
+        "seen": jnp.where(masked, MASK, seen),
+        "places": places,
+        "words": jnp.take_along_axis(true, places, axis=1),
+        "replaced": seen != true,
         "is_word": is_word & ~masked,
         "follows": follows,
     }
@@ -178,8 +180,9 @@ def features(trunk, seen):
 def logits(params, batch):
     x = features(params["trunk"], batch["seen"])
     heads = params["heads"]
+    at_masked = jnp.take_along_axis(x, batch["places"][..., None], axis=1)
     return {
-        "masked": x @ params["trunk"]["words"].T + heads["bias"],
+        "masked": at_masked @ params["trunk"]["words"].T + heads["bias"],
         "follows": (x[:, LENGTH] @ heads["follows"])[:, 0],
         "replaced": (x @ heads["replaced"])[..., 0],
     }
@@ -194,9 +197,7 @@ def losses_fn(params, batch):
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     binary = optax.sigmoid_binary_cross_entropy
     return {
-        "masked": mean_where(
-            cross_entropy(out["masked"], batch["true"]), batch["masked"]
-        ),
+        "masked": cross_entropy(out["masked"], batch["words"]).mean(),
         "follows": binary(out["follows"], batch["follows"]).mean(),
         "replaced": mean_where(
             binary(out["replaced"], batch["replaced"]), batch["is_word"]
@@ -217,7 +218,7 @@ part = lambda path: path.removeprefix("trunk/").replace("layers/", "")
 recorder = optax_mtl.record_conflicts(3, decay=0.95)
 method = optax.chain(recorder, optax_mtl.per_group(recorder, part), optax_mtl.linear())
 resolve = optax_mtl.value_and_grad(
-    losses_fn, method, shared=shared, mode="stacked", optimizer=optax.adam(3e-3)
+    losses_fn, method, shared=shared, mode="stacked", optimizer=optax.adam(6e-3)
 )
 
 
@@ -248,24 +249,34 @@ plt.show()
 # %% [markdown]
 # ## A race
 #
-# By the share of masked words that were wrong, of pairs judged wrongly, and of replaced
-# words that were not told from the others (half of each kind), on other documents. The
-# weights of the sum are chosen on yet others.
+# By the share of masked words that were wrong, of pairs judged wrongly, and the
+# share of pairs of a replaced and an untouched word that are in the wrong order (1
+# minus the area under the curve), on other pairs of sentences. The weights of the sum
+# are chosen on yet others; the rate, for want of time, is one for all.
 
 
 # %%
+def inversions(scores, true, where):
+    """Share of pairs, one true and one not, whose scores are in the wrong order."""
+    scores = jnp.where(where, scores, -jnp.inf).reshape(-1)
+    true, count = (true & where).reshape(-1), where.sum()
+    ranks = jnp.argsort(jnp.argsort(scores)) - (scores.size - count)
+    positives = true.sum()
+    above = jnp.sum(jnp.where(true, ranks, 0)) - positives * (positives - 1) / 2
+    return 1 - above / (positives * (count - positives))
+
+
 def evaluate_on(split):
-    batch = draw(jax.random.key(1), split, 500)
+    batch = draw(jax.random.key(1), split, 1000)
 
     def evaluate(params):
         out = logits(params, batch)
-        wrong = lambda found, true, where: mean_where(found != true, where)
-        found = out["replaced"] > 0
-        kinds = [batch["is_word"] & (batch["replaced"] == kind) for kind in (0, 1)]
         return {
-            "masked": wrong(out["masked"].argmax(-1), batch["true"], batch["masked"]),
+            "masked": (out["masked"].argmax(-1) != batch["words"]).mean(),
             "follows": ((out["follows"] > 0) != batch["follows"]).mean(),
-            "replaced": sum(wrong(found, batch["replaced"], k) for k in kinds) / 2,
+            "replaced": inversions(
+                out["replaced"], batch["replaced"], batch["is_word"]
+            ),
         }
 
     return evaluate
@@ -283,10 +294,17 @@ result = optax_mtl.compare(
     evaluate=evaluate_on("report"),
     select=evaluate_on("select"),
     shared=shared,
-    single_task=True,
     conflicts=False,
     chunk=2,
 )
 print(result.table())
 print()
 print(result.verdict())
+
+# %% [markdown]
+# What we saw: the gradients of the three tasks are orthogonal to each other, in every
+# part of the trunk and all of the time. They do not oppose each other, and they do not
+# help each other either; what one task takes from another here is room, not direction.
+# There is nothing to repair, and no method is ahead of the sum: Nash-MTL trades the
+# second sentence and the masked words for the replaced ones. On a small model and a few
+# hundred steps, that is; three lines, `see_your_conflicts`, tell what it is on yours.
