@@ -41,6 +41,7 @@ from optax_mtl.methods.balance.gradnorm import gradnorm as gradnorm
 from optax_mtl.methods.balance.imtl import imtl as imtl
 from optax_mtl.methods.balance.imtl_g import imtl_g as imtl_g
 from optax_mtl.methods.balance.inverse_norm import inverse_norm as inverse_norm
+from optax_mtl.methods.balance.loss_balancer import loss_balancer as loss_balancer
 from optax_mtl.methods.balance.nash_mtl import nash_mtl as nash_mtl
 from optax_mtl.methods.balance.sam_gs import sam_gs as sam_gs
 from optax_mtl.methods.baseline.linear import linear as linear

@@ -138,6 +138,13 @@ METHODS = {
         "squared": FLAG,
     },
     "linear": {"weights": PREFERENCE},
+    "loss_balancer": {
+        "num_tasks": COUNT,
+        "preference": PREFERENCE,
+        "norm": POSITIVE,
+        "decay": DECAY,
+        "per_example": FLAG,
+    },
     "m_config": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
     "mean": {},
     "metabalance": {

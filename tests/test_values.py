@@ -214,6 +214,13 @@ ROWS = [
     # Equal norms, since all gradients of log losses are scaled to the largest.
     Row("db_mtl", {"beta": 0.0}, EYE3, update=[2, 2, 2], losses=LOSSES3),
     Row("db_mtl", {"beta": 0.9}, EYE3, update=[0.2, 0.2, 0.2], losses=LOSSES3),
+    Row(
+        "loss_balancer",
+        {"preference": [1.0, 2.0, 3.0]},
+        J3,
+        np.array([1, 2, 3]) / 6 / NORMS3,
+        source="shares over norms",
+    ),
     Row("gls", {}, EYE3, [1 / 6, 2 / 3, 1 / 3], losses=LOSSES3),
     Row("scale_invariant", {}, EYE3, [0.5, 2, 1], losses=LOSSES3),
     Row("stch", {"reference": [1.0, 1, 2]}, EYE3, [1, 1, 0.5], losses=LOSSES3),

@@ -11,6 +11,7 @@ from optax_mtl.methods.balance import (
     imtl,
     imtl_g,
     inverse_norm,
+    loss_balancer,
     nash_mtl,
     sam_gs,
 )
@@ -143,5 +144,17 @@ ROWS: dict[str, Entry] = {
         scale="own",
         state="T x P",
         promises="symmetric ignores_absent",
+    ),
+    "loss_balancer": row(
+        loss_balancer.loss_balancer,
+        (
+            "High Fidelity Neural Audio Compression",
+            "TMLR 2023",
+            "https://arxiv.org/abs/2210.13438",
+        ),
+        reads="gram",
+        scale="own",
+        state="tasks",
+        promises="symmetric rotates scale_free agrees ignores_absent",
     ),
 }
