@@ -42,6 +42,7 @@ from optax_mtl.methods.balance.imtl import imtl as imtl
 from optax_mtl.methods.balance.imtl_g import imtl_g as imtl_g
 from optax_mtl.methods.balance.inverse_norm import inverse_norm as inverse_norm
 from optax_mtl.methods.balance.loss_balancer import loss_balancer as loss_balancer
+from optax_mtl.methods.balance.lr_annealing import lr_annealing as lr_annealing
 from optax_mtl.methods.balance.nash_mtl import nash_mtl as nash_mtl
 from optax_mtl.methods.balance.sam_gs import sam_gs as sam_gs
 from optax_mtl.methods.baseline.linear import linear as linear
@@ -94,6 +95,9 @@ from optax_mtl.methods.loss.uncertainty_weighting import (
 )
 from optax_mtl.methods.loss.uw_so import uw_so as uw_so
 from optax_mtl.methods.loss.v_rex import v_rex as v_rex
+from optax_mtl.methods.priority.adaptive_weight import (
+    adaptive_weight as adaptive_weight,
+)
 from optax_mtl.methods.priority.bloop import bloop as bloop
 from optax_mtl.methods.priority.cosine_gating import cosine_gating as cosine_gating
 from optax_mtl.methods.priority.dynamic_barrier import (

@@ -29,6 +29,9 @@ from optax_mtl.methods.loss.stch import stch_linear_weights as stch_linear
 from optax_mtl.methods.loss.stch import stch_weights as stch
 from optax_mtl.methods.loss.uw_so import uw_so_weights as uw_so
 from optax_mtl.methods.loss.v_rex import v_rex_weights as v_rex
+from optax_mtl.methods.priority.adaptive_weight import (
+    adaptive_weight_weights as adaptive_weight,
+)
 from optax_mtl.methods.priority.cosine_gating import (
     cosine_gating_weights as cosine_gating,
 )
@@ -45,6 +48,7 @@ from optax_mtl.methods.robust.geometric_median import (
 from optax_mtl.methods.robust.krum import krum_weights as krum
 
 __all__ = [
+    "adaptive_weight",
     "aligned_mtl",
     "cagrad",
     "config",

@@ -31,6 +31,12 @@ optional = lambda values: [v for v in values if v is not None]
 
 METHODS = {
     "adatask": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
+    "adaptive_weight": {
+        "weight": AT_LEAST_0,
+        "primary": PRIMARY,
+        "max_ratio": POSITIVE,
+        "epsilon": AT_LEAST_0,
+    },
     "aligned_mtl": {"scale_mode": CHOICE, "preference": PREFERENCE},
     "bloop": {
         "weight": AT_LEAST_0,
@@ -146,6 +152,7 @@ METHODS = {
         "per_example": FLAG,
     },
     "m_config": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
+    "lr_annealing": {"num_tasks": COUNT, "primary": [*PRIMARY, 2], "decay": DECAY},
     "mean": {},
     "metabalance": {
         "num_tasks": COUNT,

@@ -84,3 +84,53 @@ def test_loss_balancer_by_example_refuses_parameters():
     updates = jax.tree.map(lambda p: jnp.zeros((2, *p.shape)), params)
     with pytest.raises(ValueError, match=r"'b': \(2,\).*for features"):
         method.update(updates, method.init(params), params)
+
+
+@pytest.mark.parametrize("mode", ["gram", "leafwise", "stacked"])
+def test_adaptive_weight_at_the_last_layer(mode):
+    """VQGAN's formula in NumPy, with the norms of the last matrix alone."""
+    rng = np.random.default_rng(0)
+    params = {"first": rng.normal(size=(3, 4)), "last": rng.normal(size=(4, 2))}
+    x, v = rng.normal(size=(5, 3)), rng.normal(size=2)
+
+    def losses_fn(params):
+        out = x @ params["first"] @ params["last"]
+        return {"rec": jnp.mean((out - 1) ** 2), "adversarial": -jnp.mean(out @ v)}
+
+    method = optax_mtl.adaptive_weight(
+        {"adversarial": 0.8, "rec": 0.0}, primary="rec", epsilon=1e-4
+    )
+    measure = lambda path: path == "last"
+    resolve = optax_mtl.value_and_grad(losses_fn, method, mode=mode, measure=measure)
+    with jax.enable_x64(True):
+        _, found, _ = jax.jit(resolve)(params, resolve.init(params))
+    hidden = x @ params["first"]
+    cotangents = [(hidden @ params["last"] - 1) / 5, -np.tile(v, (5, 1)) / 5]
+    norms = [np.linalg.norm(hidden.T @ c) for c in cotangents]
+    total = cotangents[0] + 0.8 * norms[0] / (norms[1] + 1e-4) * cotangents[1]
+    np.testing.assert_allclose(found["last"], hidden.T @ total, rtol=1e-9)
+    expected = x.T @ total @ params["last"].T
+    np.testing.assert_allclose(found["first"], expected, rtol=1e-9)
+
+
+def test_lr_annealing_like_numpy_with_tasks_absent():
+    rng = np.random.default_rng(0)
+    batches = rng.normal(size=(5, 3, 4)) * [[1.0], [10], [0.1]]
+    batches[1, 0] = batches[2, 1] = batches[3] = 0
+    with jax.enable_x64(True):
+        updates = run(optax_mtl.lr_annealing(3, primary=1, decay=0.7), batches)
+    weights = np.ones(3)
+    for g, update in zip(batches, updates):
+        for i in (0, 2):
+            if g[i].any() and g[1].any():
+                ratio = np.abs(g[1]).max() / np.abs(g[i]).mean()
+                weights[i] = 0.7 * weights[i] + 0.3 * ratio
+        np.testing.assert_allclose(update, weights @ g, rtol=1e-9)
+
+
+def test_lr_annealing_measures_all_parameters():
+    """The mean is over all entries, not over the means of the tensors."""
+    updates = {"a": jnp.array([[1.0, -8], [1, 3]]), "b": jnp.array([2.0, 5])}
+    method = optax_mtl.lr_annealing(2, decay=0.0)
+    update, _ = method.update(updates, method.init({"a": jnp.zeros(2), "b": 0.0}))
+    np.testing.assert_allclose(update["b"], 2 + 8 / 3 * 5, rtol=1e-6)

@@ -12,6 +12,7 @@ from optax_mtl.methods.balance import (
     imtl_g,
     inverse_norm,
     loss_balancer,
+    lr_annealing,
     nash_mtl,
     sam_gs,
 )
@@ -156,5 +157,18 @@ ROWS: dict[str, Entry] = {
         scale="own",
         state="tasks",
         promises="symmetric rotates scale_free agrees ignores_absent",
+    ),
+    "lr_annealing": row(
+        lr_annealing.lr_annealing,
+        (
+            "Understanding and Mitigating Gradient Flow Pathologies in"
+            " Physics-Informed Neural Networks",
+            "SISC 2021",
+            "https://arxiv.org/abs/2001.04536",
+        ),
+        reads="gradients",
+        scale="own",
+        state="tasks",
+        promises="scales agrees",
     ),
 }
