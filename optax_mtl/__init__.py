@@ -72,6 +72,7 @@ from optax_mtl.methods.conflict.mgda import mgda as mgda
 from optax_mtl.methods.conflict.mmpareto import mmpareto as mmpareto
 from optax_mtl.methods.conflict.moco import moco as moco
 from optax_mtl.methods.conflict.modo import modo as modo
+from optax_mtl.methods.conflict.pareto_mtl import pareto_mtl as pareto_mtl
 from optax_mtl.methods.conflict.pcgrad import pcgrad as pcgrad
 from optax_mtl.methods.conflict.sdmgrad import sdmgrad as sdmgrad
 from optax_mtl.methods.conflict.upgrad import upgrad as upgrad

@@ -14,6 +14,7 @@ from optax_mtl.methods.conflict.gradvac import gradvac_weights as gradvac
 from optax_mtl.methods.conflict.imgrad import imgrad_weights as imgrad
 from optax_mtl.methods.conflict.mgda import mgda_weights as mgda
 from optax_mtl.methods.conflict.mmpareto import mmpareto_weights as mmpareto
+from optax_mtl.methods.conflict.pareto_mtl import pareto_mtl_weights as pareto_mtl
 from optax_mtl.methods.conflict.pcgrad import pcgrad_weights as pcgrad
 from optax_mtl.methods.conflict.sdmgrad import sdmgrad_weights as sdmgrad
 from optax_mtl.methods.conflict.upgrad import upgrad_weights as upgrad
@@ -73,6 +74,7 @@ __all__ = [
     "mgda",
     "mmpareto",
     "nash_mtl",
+    "pareto_mtl",
     "pbi",
     "pcd",
     "pcgrad",

@@ -180,6 +180,10 @@ METHODS = {
     },
     "modo": {"num_tasks": COUNT, "gamma": AT_LEAST_0, "rho": AT_LEAST_0},
     "nash_mtl": {"max_norm": optional(LIMIT), "preference": PREFERENCE},
+    "pareto_mtl": {
+        "preference": PREFERENCE,
+        "others": optional(AT_LEAST_0),
+    },
     "pbi": {"theta": AT_LEAST_0, "preference": PREFERENCE, "reference": FINITE},
     "pcd": {"num_tasks": COUNT, "tau": UNIT, "primary": [*PRIMARY, 2], "decay": DECAY},
     "pcgrad": {"key": KEY, "order": CHOICE},

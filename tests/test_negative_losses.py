@@ -16,10 +16,12 @@ ABOVE = NEGATIVE - BOUNDS  # 3, 1.5 and 0.5.
 
 # Their own objectives give losses of either sign a meaning.
 OF_EITHER_SIGN = ("cosmos", "group_dro", "pbi", "v_rex")
+# These hold the losses near a ray, with weights of either sign.
+NEAR_A_RAY = ("pareto_mtl",)
 CASES = {
     name: (name, {})
     for name, entry in optax_mtl.METHODS.items()
-    if "losses" in entry.reads and name not in OF_EITHER_SIGN
+    if "losses" in entry.reads and name not in OF_EITHER_SIGN + NEAR_A_RAY
 } | {
     "log_losses": ("log_losses", {}),
     "mgda by loss": ("mgda", {"normalization": "loss"}),

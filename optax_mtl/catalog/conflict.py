@@ -15,6 +15,7 @@ from optax_mtl.methods.conflict import (
     mmpareto,
     moco,
     modo,
+    pareto_mtl,
     pcgrad,
     sdmgrad,
     upgrad,
@@ -217,5 +218,17 @@ ROWS: dict[str, Entry] = {
         scale="own",
         promises="symmetric rotates scales stationary never_conflicts agrees"
         " ignores_absent",
+    ),
+    "pareto_mtl": row(
+        pareto_mtl.pareto_mtl,
+        (
+            "Pareto Multi-Task Learning",
+            "NeurIPS 2019",
+            "https://arxiv.org/abs/1912.12854",
+        ),
+        reads="gram losses",
+        scale="own",
+        state="tasks",
+        promises="symmetric rotates scales ignores_absent",
     ),
 }

@@ -1,0 +1,141 @@
+"""Methods that look for the point of the Pareto front that a preference asks for.
+
+Expected values are a second derivation in NumPy, with quadratic and linear programs of
+quadprog and SciPy.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quadprog
+
+import optax_mtl
+
+RNG = np.random.default_rng(0)
+GRADIENTS = RNG.normal(size=(12, 4, 6)) * np.exp(RNG.normal(size=(12, 4, 1)))
+LOSSES = np.exp(1.5 * RNG.normal(size=(12, 4)))
+LOSSES[0] = [5, 0.1, 0.1, 0.1]
+
+
+def steps(method, gradients=GRADIENTS, losses=LOSSES, double=True, **extra):
+    """Updates of a method in a row of steps."""
+    with jax.enable_x64(double):
+        cast = lambda x: jnp.asarray(x, float)
+        extra = {name: cast(value) for name, value in extra.items()}
+
+        @jax.jit
+        def scan(gradients, losses, extra):
+            def step(state, given):
+                gradients, losses, extra = given
+                return method.update(gradients, state, losses=losses, **extra)[::-1]
+
+            state = method.init(gradients[0, 0])
+            return jax.lax.scan(step, state, (gradients, losses, extra))[1]
+
+        return np.asarray(scan(cast(gradients), cast(losses), extra))
+
+
+def shortest(rows):
+    """The point of least norm in the hull of some vectors."""
+    gram, count = rows @ rows.T, len(rows)
+    regular = gram + 1e-12 * np.trace(gram) * np.eye(count)
+    constraints = np.column_stack([np.ones(count), np.eye(count)])
+    bounds = np.append(1.0, np.zeros(count))
+    found = quadprog.solve_qp(regular, np.zeros(count), constraints, bounds, 1)[0]
+    # Without regularisation, on the face that it found.
+    face = rows[found > 1e-7]
+    step = face[1:] - face[0]
+    return face[0] - np.linalg.lstsq(step.T, face[0])[0] @ step
+
+
+def pareto_mtl(gradients, losses, own, others, started=False):
+    """Directions of the authors' two functions, one after the other."""
+    unit = lambda v: v / np.linalg.norm(v)
+    directions = []
+    for g, loss in zip(gradients, losses):
+        w = np.stack([unit(u) - unit(own) for u in others])
+        active = w[w @ unit(loss) > 1e-12]
+        started = started or not len(active)
+        directions.append(
+            shortest(np.vstack([g, active @ g] if started else [active @ g]))
+        )
+    return np.stack(directions), started
+
+
+PREFERENCES = [
+    (None, None),
+    ([1.0, 2, 3, 4], None),
+    ([1.0, 1, 2, 0], RNG.random((4, 7))),
+]
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("preference, others", PREFERENCES)
+def test_pareto_mtl_like_numpy(preference, others, double):
+    own = np.ones(4) if preference is None else preference
+    rest = np.eye(4) if others is None else others.T
+    method = optax_mtl.pareto_mtl(preference=preference, others=others)
+    found = steps(method, double=double)
+    expected, started = pareto_mtl(GRADIENTS, LOSSES, own, rest)
+    assert started  # And not at once, so that both phases are there.
+    assert not pareto_mtl(GRADIENTS[:1], LOSSES[:1], own, rest)[1]
+    sizes = np.linalg.norm(GRADIENTS, axis=2).max(axis=1)[:, None]
+    tolerance = 1e-9 if double else 1e-5
+    np.testing.assert_allclose(found / sizes, expected / sizes, atol=tolerance)
+
+
+def test_pareto_mtl_of_losses_of_either_sign():
+    losses = RNG.normal(size=(12, 4))
+    expected, _ = pareto_mtl(GRADIENTS, losses, np.ones(4), np.eye(4))
+    found = steps(optax_mtl.pareto_mtl(), losses=losses)
+    sizes = np.linalg.norm(GRADIENTS, axis=2).max(axis=1)[:, None]
+    np.testing.assert_allclose(found / sizes, expected / sizes, atol=1e-9)
+
+
+def test_pareto_mtl_finds_its_cell_of_the_front():
+    """The synthetic problem of the paper: two losses, five preferences."""
+    size = 20
+    shift = 1 / np.sqrt(size)
+    losses_fn = lambda x: jnp.stack(
+        [
+            1 - jnp.exp(-jnp.sum((x - shift) ** 2)),
+            1 - jnp.exp(-jnp.sum((x + shift) ** 2)),
+        ]
+    )
+    angles = np.linspace(0, np.pi / 2, 5)
+    rays = np.stack([np.cos(angles), np.sin(angles)])
+    for number in (1, 2, 3):
+        method = optax_mtl.pareto_mtl(preference=rays[:, number], others=rays)
+        resolve = optax_mtl.value_and_grad(losses_fn, method)
+
+        @jax.jit
+        def run(x, resolve=resolve):
+            def step(carry, _):
+                losses, grads, state = resolve(*carry)
+                return (carry[0] - grads, state), losses
+
+            return jax.lax.scan(step, (x, resolve.init(x)), length=200)[1][-1]
+
+        start = np.linspace(-0.3, 0.5, size).astype(np.float32)
+        found = np.asarray(run(jnp.asarray(start)))
+        cosines = found @ rays / np.linalg.norm(found)
+        assert np.argmax(cosines) == number
+        # On the front, x is a multiple of one vector, between the two optima.
+        first = 1 - np.exp(-((np.sqrt(-np.log(1 - found[1])) - 2) ** 2))
+        np.testing.assert_allclose(found[0], first, atol=5e-3)
+
+
+def test_pareto_mtl_with_a_preference_among_the_others():
+    """The same ray twice is no constraint, whatever the rounding errors."""
+    ray = np.array([0.3, 0.7, 0.2, 0.9])
+    others = np.stack([3 * ray, [1, 0, 0, 0], [0, 1, 0, 0]], axis=1)
+    found = steps(optax_mtl.pareto_mtl(preference=ray, others=others), double=False)
+    without = optax_mtl.pareto_mtl(preference=ray, others=others[:, 1:])
+    np.testing.assert_allclose(found, steps(without, double=False), atol=1e-5)
+
+
+def test_pareto_mtl_refuses_other_shapes():
+    method = optax_mtl.pareto_mtl(others=np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"others has shape \(3, 2\).*\(2, K\)"):
+        method.update(jnp.eye(2), method.init(None), losses=jnp.ones(2))
