@@ -10,6 +10,7 @@ from optax_mtl.methods.conflict.aligned_mtl import aligned_mtl_weights as aligne
 from optax_mtl.methods.conflict.cagrad import cagrad_weights as cagrad
 from optax_mtl.methods.conflict.config import config_weights as config
 from optax_mtl.methods.conflict.dualproj import dualproj_weights as dualproj
+from optax_mtl.methods.conflict.epo import epo_weights as epo
 from optax_mtl.methods.conflict.gradvac import gradvac_weights as gradvac
 from optax_mtl.methods.conflict.imgrad import imgrad_weights as imgrad
 from optax_mtl.methods.conflict.mgda import mgda_weights as mgda
@@ -58,6 +59,7 @@ __all__ = [
     "dualproj",
     "dwa",
     "dynamic_barrier",
+    "epo",
     "excess_mtl",
     "fairgrad",
     "famo",

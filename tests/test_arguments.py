@@ -85,6 +85,11 @@ METHODS = {
         "decay": DECAY,
         "energy_decay": DECAY,
     },
+    "epo": {
+        "preference": PREFERENCE,
+        "tolerance": AT_LEAST_0,
+        "min_losses": FINITE,
+    },
     "excess_mtl": {"num_tasks": COUNT, "eta": AT_LEAST_0, "warmup_steps": COUNT},
     "fairgrad": {
         "alpha": AT_LEAST_0,

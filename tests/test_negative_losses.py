@@ -94,7 +94,8 @@ def test_a_loss_at_its_bound_counts_as_absent(case):
     at_bound, absent = ([NEGATIVE, [1.5, x, 2], [1, -1, 1]] for x in (BOUNDS[1], 0))
     found = weights(at_bound, case, bounded=True)
     np.testing.assert_array_equal(found, weights(absent, case, bounded=True))
-    assert (found[1] == 0).tolist() == [False, True, False]
+    # Of the others, one at least has a weight: those of a linear program are few.
+    assert found[1, 1] == 0 and (found[1] > 0).any()
 
 
 SOFTMAX = lambda x: np.exp(x) / np.exp(x).sum()

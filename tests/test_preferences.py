@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quadprog
+import scipy.optimize
 
 import optax_mtl
 
@@ -139,3 +140,97 @@ def test_pareto_mtl_refuses_other_shapes():
     method = optax_mtl.pareto_mtl(others=np.ones((3, 2)))
     with pytest.raises(ValueError, match=r"others has shape \(3, 2\).*\(2, K\)"):
         method.update(jnp.eye(2), method.init(None), losses=jnp.ones(2))
+
+
+def maximize(objective, rows, bounds):
+    """A linear program on the simplex: its solution, or None."""
+    tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    found = scipy.optimize.linprog(
+        -objective, -rows, -bounds, [[1] * len(objective)], [1], options=tight
+    )
+    return found.x if found.status == 0 else None
+
+
+def epo(gradients, losses, r):
+    """The weights of the authors' code, and the kind of step."""
+    gram = gradients @ gradients.T
+    gram = gram / np.trace(gram)
+    shares = r * losses / np.sum(r * losses)
+    logs = np.log(shares * len(r))
+    distance = shares @ logs
+    towards = gram @ (r * (logs - distance))
+    if distance > 1e-4:
+        helped, bounds = towards > 0, 0 * towards
+        keep = np.ones(len(r), bool)
+        if helped.any():
+            most = np.argmax(shares)
+            bounds = np.where(np.arange(len(r)) == most, 0, towards)
+            keep = ~helped | (np.arange(len(r)) == most)
+        return maximize(towards, gram[keep], bounds[keep]), f"balance {helped.any()}"
+    bound = min(0, towards.max())
+    rows = np.vstack([gram, towards])
+    found = maximize(gram.sum(axis=0), rows, np.append(0 * r, bound))
+    if found is not None:
+        return found, "descend"
+    # Ours: with the best that is possible in its place.
+    best = maximize(towards, gram, 0 * r) @ towards
+    slack = 1e-9 * np.abs(towards).max()
+    return maximize(gram.sum(axis=0), rows, np.append(0 * r, best - slack)), "ours"
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+def test_epo_like_the_authors(double):
+    r = np.array([1.0, 2, 0.5, 1])
+    rng = np.random.default_rng(1)
+    gradients = rng.normal(size=(120, 4, 6)) * np.exp(rng.normal(size=(120, 4, 1)))
+    gradients += gradients[:, :1]
+    spread = np.repeat([1.5, 1e-2], 60)[:, None]  # Beside the ray, and on it.
+    losses = 1 / r * np.exp(spread * rng.normal(size=(120, 4)))
+    found = steps(optax_mtl.epo(preference=r), gradients, losses, double)
+    kinds = set()
+    for g, loss, update in zip(gradients, losses, found):
+        weights, kind = epo(g, loss, r)
+        kinds.add(kind)
+        size = np.linalg.norm(g, axis=1).max()
+        tolerance = 1e-7 if kind == "ours" else 1e-9
+        if not double:  # On the ray, float32 keeps five digits of how far off it is.
+            tolerance = 1e-5 if kind.startswith("balance") else 1e-4
+        np.testing.assert_allclose(update / size, weights @ g / size, atol=tolerance)
+    assert kinds == {"balance True", "balance False", "descend", "ours"}
+
+
+def test_epo_ends_on_its_ray():
+    """The synthetic problem of the paper, whose front is not convex."""
+    size = 20
+    shift = 1 / np.sqrt(size)
+    losses_fn = lambda x: jnp.stack(
+        [1 - jnp.exp(-jnp.sum((x - s) ** 2)) for s in (shift, -shift)]
+    )
+
+    @jax.jit
+    @jax.vmap
+    def run(r):
+        resolve = optax_mtl.value_and_grad(losses_fn, optax_mtl.epo(preference=r))
+
+        def step(carry, _):
+            x, state = carry
+            losses, grads, state = resolve(x, state)
+            return (x - 0.05 * grads, state), losses
+
+        x = jnp.linspace(-0.3, 0.5, size)
+        return jax.lax.scan(step, (x, resolve.init(x)), length=400)[1][-1]
+
+    preferences = np.array([[0.9, 0.44], [1, 1], [0.44, 0.9]])
+    found = np.asarray(run(jnp.asarray(preferences)))
+    scaled = preferences * found
+    np.testing.assert_allclose(scaled[:, 0], scaled[:, 1], rtol=5e-2)
+    front = 1 - np.exp(-((np.sqrt(-np.log(1 - found[:, 1])) - 2) ** 2))
+    np.testing.assert_allclose(found[:, 0], front, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 40])
+def test_epo_of_few_and_of_many(num_tasks):
+    gradients = RNG.normal(size=(3, num_tasks, 64)).astype(np.float32)
+    losses = np.exp(RNG.normal(size=(3, num_tasks)))
+    found = steps(optax_mtl.epo(), gradients, losses, double=False)
+    assert np.isfinite(found).all() and np.abs(found).max(axis=1).min() > 0

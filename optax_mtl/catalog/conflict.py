@@ -6,6 +6,7 @@ from optax_mtl.methods.conflict import (
     cagrad,
     config,
     dualproj,
+    epo,
     gcond,
     graddrop,
     gradvac,
@@ -230,5 +231,17 @@ ROWS: dict[str, Entry] = {
         scale="own",
         state="tasks",
         promises="symmetric rotates scales ignores_absent",
+    ),
+    "epo": row(
+        epo.epo,
+        (
+            "Multi-Task Learning with User Preferences: Gradient Descent with"
+            " Controlled Ascent in Pareto Optimization",
+            "ICML 2020",
+            "https://proceedings.mlr.press/v119/mahapatra20a.html",
+        ),
+        reads="gram losses",
+        scale="mean",
+        promises="rotates scales agrees ignores_absent",
     ),
 }
