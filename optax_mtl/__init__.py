@@ -62,6 +62,7 @@ from optax_mtl.methods.conflict.eagc import eagc_weights as eagc_weights
 from optax_mtl.methods.conflict.eagc import energy_ratio as energy_ratio
 from optax_mtl.methods.conflict.eagc import fit_conceptor as fit_conceptor
 from optax_mtl.methods.conflict.epo import epo as epo
+from optax_mtl.methods.conflict.ferero import ferero as ferero
 from optax_mtl.methods.conflict.gcond import Arbitration as Arbitration
 from optax_mtl.methods.conflict.gcond import gcond as gcond
 from optax_mtl.methods.conflict.gcond import scale_by_lion_lars as scale_by_lion_lars

@@ -97,6 +97,7 @@ METHODS = {
         "preference": PREFERENCE,
     },
     "famo": {"num_tasks": COUNT, "gamma": AT_LEAST_0, "min_losses": FINITE},
+    "ferero": {"num_tasks": COUNT, "preference": PREFERENCE, "gamma": AT_LEAST_0},
     "gcond": {
         "num_tasks": COUNT,
         "thresholds": [(-2, 0, 0), (0, -0.5, 0)],

@@ -17,7 +17,7 @@ ABOVE = NEGATIVE - BOUNDS  # 3, 1.5 and 0.5.
 # Their own objectives give losses of either sign a meaning.
 OF_EITHER_SIGN = ("cosmos", "group_dro", "pbi", "v_rex")
 # These hold the losses near a ray, with weights of either sign.
-NEAR_A_RAY = ("pareto_mtl",)
+NEAR_A_RAY = ("ferero", "pareto_mtl")
 CASES = {
     name: (name, {})
     for name, entry in optax_mtl.METHODS.items()

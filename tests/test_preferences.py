@@ -234,3 +234,61 @@ def test_epo_of_few_and_of_many(num_tasks):
     losses = np.exp(RNG.normal(size=(3, num_tasks)))
     found = steps(optax_mtl.epo(), gradients, losses, double=False)
     assert np.isfinite(found).all() and np.abs(found).max(axis=1).min() > 0
+
+
+def project_simplex(v):
+    descending = np.sort(v)[::-1]
+    thresholds = (descending.cumsum() - 1) / np.arange(1, len(v) + 1)
+    return np.maximum(v - thresholds[np.flatnonzero(descending > thresholds)[-1]], 0)
+
+
+def ferero(first, second, losses, gamma, complement):
+    """Directions of the single loop, for given rows that span the complement."""
+    count = first.shape[1]
+    of_losses, of_constraint = np.full(count, 1 / count), np.zeros(len(complement))
+    directions = []
+    for g1, g2, loss in zip(first, second, losses):
+        total = of_losses + complement.T @ of_constraint
+        slope = g1 @ g2.T @ total / np.abs(total).sum()
+        of_losses = project_simplex(of_losses - gamma * slope)
+        of_constraint = of_constraint - gamma * complement @ (slope - 0.5 * loss)
+        total = of_losses + complement.T @ of_constraint
+        directions.append(total / np.abs(total).sum() @ (g1 + g2) / 2)
+    return np.stack(directions)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 4])
+@pytest.mark.parametrize("two", [False, True], ids=["one batch", "two batches"])
+def test_ferero_like_numpy(num_tasks, two):
+    """The authors' row for two tasks, and an orthonormal basis for more."""
+    r, rows = np.array([3.0, 4]), np.array([[0.8, -0.6]])
+    if num_tasks > 2:
+        r = np.array([3.0, 1, 2, 2])
+        rows = np.linalg.svd(r[None])[2][1:]
+    first = GRADIENTS[:, :num_tasks]
+    second = first + 0.5 * RNG.normal(size=first.shape) if two else first
+    losses = LOSSES[:, :num_tasks] * np.tile([[1], [-1]], (6, 1))  # Of either sign.
+    extra = {"second_updates": second} if two else {}
+    method = optax_mtl.ferero(num_tasks, preference=r, gamma=0.02)
+    found = steps(method, first, losses, **extra)
+    expected = ferero(first, second, losses, 0.02, rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert np.abs(found - first.mean(axis=1)).max() > 0.1
+
+
+def test_ferero_ends_on_its_ray():
+    losses_fn = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), jnp.sum((x + 1) ** 2)])
+    method = optax_mtl.ferero(2, preference=[1.0, 2.0], gamma=0.03)
+    resolve = optax_mtl.value_and_grad(losses_fn, method)
+
+    @jax.jit
+    def run(x):
+        def step(carry, _):
+            losses, grads, state = resolve(*carry)
+            return (carry[0] - 0.05 * grads, state), losses
+
+        return jax.lax.scan(step, (x, resolve.init(x)), length=3000)[1][-1]
+
+    found = np.asarray(run(jnp.array([-0.7, 0.3])))
+    np.testing.assert_allclose(found[1] / found[0], 2, rtol=1e-2)
+    np.testing.assert_allclose(np.sqrt(found).sum(), np.sqrt(8), rtol=1e-3)

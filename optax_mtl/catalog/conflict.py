@@ -7,6 +7,7 @@ from optax_mtl.methods.conflict import (
     config,
     dualproj,
     epo,
+    ferero,
     gcond,
     graddrop,
     gradvac,
@@ -243,5 +244,18 @@ ROWS: dict[str, Entry] = {
         reads="gram losses",
         scale="mean",
         promises="rotates scales agrees ignores_absent",
+    ),
+    "ferero": row(
+        ferero.ferero,
+        (
+            "FERERO: A Flexible Framework for Preference-Guided Multi-Objective"
+            " Learning",
+            "NeurIPS 2024",
+            "https://arxiv.org/abs/2412.01773",
+        ),
+        reads="gram losses",
+        scale="own",
+        state="tasks",
+        promises="symmetric rotates ignores_absent",
     ),
 }
