@@ -112,7 +112,12 @@ METHODS = {
     },
     "geometric_median": {"num_iters": COUNT_FROM_0},
     "gls": {"min_losses": FINITE},
-    "graddrop": {"leak": UNIT, "keep": [0.5, None], "key": KEY},
+    "graddrop": {
+        "leak": UNIT,
+        "keep": [0.5, None],
+        "sum_batch": FLAG,
+        "key": KEY,
+    },
     "go4align": {
         "num_tasks": COUNT,
         "num_groups": COUNT,
