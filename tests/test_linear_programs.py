@@ -95,9 +95,10 @@ def test_the_best_value_and_the_constraints(size, dtype):
         error = abs(np.float64(objective) @ weights - value) / np.abs(objective).max()
         # Of HiGHS's own tolerance in float64.
         assert error < {"float32": 1e-5, "float64": 1e-9}[dtype], KINDS[i // 12]
-        # In float32, multipliers between scales have lost their digits.
+        # Its multipliers come from products, which keep half of the digits; those
+        # between very different scales none in float32.
         if dtype == "float64" or KINDS[i // 12] != "scales 3":
-            assert left[i] < {"float32": 1e-4, "float64": 1e-9}[dtype], KINDS[i // 12]
+            assert left[i] < np.finfo(dtype).eps ** 0.5, KINDS[i // 12]
     assert solved > 0.95 * len(c)
 
 
