@@ -10,9 +10,10 @@ def best_vertex(c, A, b, allowed):
     """Maximises c'w over the simplex, subject to A w >= b; as solvers.simplex_lp.
 
     The simplex method in its revised form: each vertex is computed anew from the
-    columns that are its basis, with accurate residuals, so that errors do not add up
-    over the steps. A column that relaxes all constraints alike makes the first vertex
-    feasible; it is minimised first, and what is left of it is granted.
+    columns that are its basis, with accurate residuals and a corrected inverse, so that
+    errors do not add up over the steps. A column that relaxes all constraints alike
+    makes the first vertex feasible; it is minimised first, and what is left of it is
+    granted.
     """
     rows, size = A.shape
     eps = jnp.finfo(A.dtype).eps
@@ -47,9 +48,9 @@ def best_vertex(c, A, b, allowed):
         return lax.fori_loop(0, 3, refine, matmul(inverse, v))
 
     def body(carry):
-        _, basis, goal, relaxed, stalled, _, steps = carry
+        _, basis, inverse, goal, relaxed, stalled, _, steps = carry
         B = M[:, basis]
-        inverse = jnp.linalg.inv(B)
+        inverse = matmul(inverse, 2 * identity - matmul(B, inverse))  # Newton's step.
         x = solve(B, inverse, goal)
         terms_of = lambda x: matmul(jnp.abs(inverse), matmul(jnp.abs(B), jnp.abs(x)))
         slack = 8 * eps * terms_of(x)
@@ -82,15 +83,20 @@ def best_vertex(c, A, b, allowed):
         leaving = jnp.where(careful, by_order, jnp.argmax(jnp.where(near, sizes, 0)))
         pivots = jnp.any(near) & jnp.all(jnp.isfinite(move))
         new = jnp.where(pivots, basis.at[leaving].set(entering), basis)
+        row = inverse[leaving] / move[leaving]
+        updated = (inverse - move[:, None] * row[None]).at[leaving].set(row)
+        inverse = jnp.where(pivots, updated, inverse)
         going = improves & pivots
         terms = inner(jnp.abs(prices), jnp.abs(goal))
         progress = gain[entering] * ratios(x)[leaving] > 8 * eps * terms
         stalled = jnp.where(progress | ~going, 0, stalled + 1)
         done = ~relaxed & ~going
         goal = jnp.where(done, goal - granted * M[:, relaxation], goal)
-        return x, new, goal, relaxed | done, stalled, going | done, steps + 1
+        relaxed = relaxed | done
+        return x, new, inverse, goal, relaxed, stalled, going | done, steps + 1
 
-    carry = vary(finite, (0 * goal, basis, goal, False, 0, finite, 0))
+    inverse = jnp.linalg.inv(M[:, basis])
+    carry = vary(finite, (0 * goal, basis, inverse, goal, False, 0, finite, 0))
     going = lambda carry: carry[-2] & (carry[-1] < 20 * (rows + size))
     x, basis, *_ = lax.while_loop(going, body, carry)
     w = jnp.zeros(len(cost), A.dtype).at[basis].add(x)[:size] * right
