@@ -53,7 +53,7 @@ def best_vertex(c, A, b, allowed):
         inverse = matmul(inverse, 2 * identity - matmul(B, inverse))  # Newton's step.
         x = solve(B, inverse, goal)
         terms_of = lambda x: matmul(jnp.abs(inverse), matmul(jnp.abs(B), jnp.abs(x)))
-        slack = 8 * eps * terms_of(x)
+        slack = 8 * eps * terms_of(x) + eps**3 * jnp.max(jnp.abs(x))
         x = jnp.where(x > slack, x, 0)  # What is left of zeros.
         costs = jnp.where(relaxed, cost, is_relaxation)
         prices = solve(B.T, inverse.T, costs[basis])
