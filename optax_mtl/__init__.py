@@ -48,6 +48,8 @@ from optax_mtl.methods.balance.gradnorm import gradnorm as gradnorm
 from optax_mtl.methods.balance.imtl import imtl as imtl
 from optax_mtl.methods.balance.imtl_g import imtl_g as imtl_g
 from optax_mtl.methods.balance.inverse_norm import inverse_norm as inverse_norm
+from optax_mtl.methods.balance.loss_balancer import loss_balancer as loss_balancer
+from optax_mtl.methods.balance.lr_annealing import lr_annealing as lr_annealing
 from optax_mtl.methods.balance.nash_mtl import nash_mtl as nash_mtl
 from optax_mtl.methods.balance.pivrg import pivrg as pivrg
 from optax_mtl.methods.balance.sam_gs import sam_gs as sam_gs
@@ -67,7 +69,9 @@ from optax_mtl.methods.conflict.eagc import eagc_pull_backs as eagc_pull_backs
 from optax_mtl.methods.conflict.eagc import eagc_weights as eagc_weights
 from optax_mtl.methods.conflict.eagc import energy_ratio as energy_ratio
 from optax_mtl.methods.conflict.eagc import fit_conceptor as fit_conceptor
+from optax_mtl.methods.conflict.epo import epo as epo
 from optax_mtl.methods.conflict.fedmgda import fedmgda as fedmgda
+from optax_mtl.methods.conflict.ferero import ferero as ferero
 from optax_mtl.methods.conflict.gcond import Arbitration as Arbitration
 from optax_mtl.methods.conflict.gcond import gcond as gcond
 from optax_mtl.methods.conflict.gcond import scale_by_lion_lars as scale_by_lion_lars
@@ -79,6 +83,7 @@ from optax_mtl.methods.conflict.mgda import mgda as mgda
 from optax_mtl.methods.conflict.mmpareto import mmpareto as mmpareto
 from optax_mtl.methods.conflict.moco import moco as moco
 from optax_mtl.methods.conflict.modo import modo as modo
+from optax_mtl.methods.conflict.pareto_mtl import pareto_mtl as pareto_mtl
 from optax_mtl.methods.conflict.pcgrad import pcgrad as pcgrad
 from optax_mtl.methods.conflict.sdmgrad import sdmgrad as sdmgrad
 from optax_mtl.methods.conflict.upgrad import upgrad as upgrad
@@ -104,6 +109,9 @@ from optax_mtl.methods.loss.uncertainty_weighting import (
 )
 from optax_mtl.methods.loss.uw_so import uw_so as uw_so
 from optax_mtl.methods.loss.v_rex import v_rex as v_rex
+from optax_mtl.methods.priority.adaptive_weight import (
+    adaptive_weight as adaptive_weight,
+)
 from optax_mtl.methods.priority.bloop import bloop as bloop
 from optax_mtl.methods.priority.cosine_gating import cosine_gating as cosine_gating
 from optax_mtl.methods.priority.dynamic_barrier import (

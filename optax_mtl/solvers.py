@@ -22,6 +22,7 @@ from optax_mtl.precise import (
     two_sum,
     vary,
 )
+from optax_mtl.vertices import best_vertex
 
 
 def normalize_gram(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,6 +127,34 @@ def simplex_qp(
     share = (1 - jnp.sum(lower)) / positive(jnp.sum(upper - lower))
     start = lower + share * (upper - lower)
     return active_set(Q, -q, lower, mask, start, on_simplex=True, upper=upper)
+
+
+@jax.jit
+def simplex_lp(
+    c: jax.Array, A: jax.Array, b: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    r"""Solves :math:`\max_w c^\top w` over the simplex, subject to :math:`A w \ge b`.
+
+    Args:
+      c: what to maximise, of shape (T,).
+      A: constraints, of shape (K, T). A row of zeros with 0 in ``b`` is none.
+      b: their lower bounds, of shape (K,).
+      mask: entries that may be positive, of shape (T,); all by default.
+
+    Returns:
+      Weights that are not negative and sum to one, of shape (T,): a vertex. Where more
+      than one is optimal, which one it is depends on their order. If no weights
+      meet all constraints, the best among those that violate them least, relative to
+      the largest entries of the rows.
+
+    Examples:
+      >>> A = jnp.array([[-1.0, 2.0, -1.0]])
+      >>> w = simplex_lp(jnp.array([3.0, 1.0, 2.0]), A, jnp.zeros(1))
+      >>> print(jnp.array_str(w, precision=4))
+      [0.6667 0.3333 0.    ]
+    """
+    c, A, b = compute(c, A, b)
+    return best_vertex(c, A, b, jnp.ones(c.shape, bool) if mask is None else mask)
 
 
 def dual_cone(
@@ -434,6 +463,42 @@ def simplex_qp_residual(
     slack = inner(w, jnp.abs(gap)) / positive(size)
     outside = jnp.sum(jnp.abs(jnp.where(mask, jnp.minimum(w, 0), w)))
     return descent + slack + jnp.abs(jnp.sum(w) - 1) + outside
+
+
+def simplex_lp_residual(
+    c: jax.Array,
+    A: jax.Array,
+    b: jax.Array,
+    w: jax.Array,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Violation of the optimality conditions of :func:`simplex_lp`.
+
+    Of the constraints, and of those on multipliers: what the best ones of the active
+    constraints leave of the objective, and what they make of gaps.
+    """
+    mask = jnp.ones(w.shape, bool) if mask is None else mask
+    normals = jnp.concatenate([A, jnp.eye(len(w), dtype=A.dtype)])
+    bounds = jnp.append(b, 0 * w)
+    gaps = dot(normals, w, 0 * w, -bounds)
+    sizes = jnp.abs(normals) @ jnp.abs(w) + jnp.abs(bounds)
+    active = gaps <= 4 * len(w) * jnp.finfo(A.dtype).eps * sizes
+    outside = jnp.sum(jnp.abs(jnp.where(mask, jnp.minimum(w, 0), w)))
+    violation = jnp.max(-gaps / positive(sizes)) + jnp.abs(jnp.sum(w) - 1) + outside
+
+    # Along the simplex.
+    mean = lambda v: jnp.mean(v, -1, where=mask, keepdims=True)
+    flat = lambda v: jnp.where(mask, v - mean(v), 0)
+    norms = positive(jnp.max(jnp.abs(normals), axis=1))
+    directions = jnp.where(active[:, None], flat(normals / norms[:, None]), 0)
+    c = flat(c / positive(jnp.max(jnp.abs(jnp.where(mask, c, 0)))))
+    multipliers = nonnegative_qp(matmul(directions, directions.T), -(directions @ c))
+    # The products have lost digits.
+    support = jnp.where(multipliers[:, None] > 0, directions, 0)
+    change = jnp.linalg.lstsq(support.T, -(c + matmul(multipliers, support)))[0]
+    multipliers = jnp.maximum(multipliers + change, 0)
+    left = jnp.max(jnp.abs(c + matmul(multipliers, support)))
+    return violation + left + inner(multipliers / norms, jnp.abs(gaps))
 
 
 def simplex_cone_program_residual(

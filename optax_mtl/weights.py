@@ -11,11 +11,13 @@ from optax_mtl.methods.conflict.aligned_mtl import aligned_mtl_weights as aligne
 from optax_mtl.methods.conflict.cagrad import cagrad_weights as cagrad
 from optax_mtl.methods.conflict.config import config_weights as config
 from optax_mtl.methods.conflict.dualproj import dualproj_weights as dualproj
+from optax_mtl.methods.conflict.epo import epo_weights as epo
 from optax_mtl.methods.conflict.fedmgda import fedmgda_weights as fedmgda
 from optax_mtl.methods.conflict.gradvac import gradvac_weights as gradvac
 from optax_mtl.methods.conflict.imgrad import imgrad_weights as imgrad
 from optax_mtl.methods.conflict.mgda import mgda_weights as mgda
 from optax_mtl.methods.conflict.mmpareto import mmpareto_weights as mmpareto
+from optax_mtl.methods.conflict.pareto_mtl import pareto_mtl_weights as pareto_mtl
 from optax_mtl.methods.conflict.pcgrad import pcgrad_weights as pcgrad
 from optax_mtl.methods.conflict.sdmgrad import sdmgrad_weights as sdmgrad
 from optax_mtl.methods.conflict.upgrad import upgrad_weights as upgrad
@@ -32,6 +34,9 @@ from optax_mtl.methods.loss.stch import stch_linear_weights as stch_linear
 from optax_mtl.methods.loss.stch import stch_weights as stch
 from optax_mtl.methods.loss.uw_so import uw_so_weights as uw_so
 from optax_mtl.methods.loss.v_rex import v_rex_weights as v_rex
+from optax_mtl.methods.priority.adaptive_weight import (
+    adaptive_weight_weights as adaptive_weight,
+)
 from optax_mtl.methods.priority.cosine_gating import (
     cosine_gating_weights as cosine_gating,
 )
@@ -51,6 +56,7 @@ from optax_mtl.methods.robust.gradient_agreement_filter import (
 from optax_mtl.methods.robust.krum import krum_weights as krum
 
 __all__ = [
+    "adaptive_weight",
     "aligned_mtl",
     "cagrad",
     "config",
@@ -59,6 +65,7 @@ __all__ = [
     "dualproj",
     "dwa",
     "dynamic_barrier",
+    "epo",
     "excess_mtl",
     "fairgrad",
     "famo",
@@ -77,6 +84,7 @@ __all__ = [
     "mgda",
     "mmpareto",
     "nash_mtl",
+    "pareto_mtl",
     "pbi",
     "pcd",
     "pcgrad",

@@ -154,7 +154,8 @@ def smooth_weights(
       \lambda_t = a \lambda_{t-1} + (1 - a) w_t, \quad d = \sum_i \lambda_{t,i} g_i
 
     with :math:`\lambda_0 = w_0`. The weights of one batch follow its noise, and are
-    correlated with it; the average is not.
+    correlated with it; the average is not. CR-MOGM is any method in here;
+    ``update_every(smooth_weights(mgda(), num_tasks), k, num_tasks)`` is PSMGD.
 
     Args:
       method: any method that makes its weights from inner products or losses; not

@@ -31,6 +31,12 @@ optional = lambda values: [v for v in values if v is not None]
 
 METHODS = {
     "adatask": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
+    "adaptive_weight": {
+        "weight": AT_LEAST_0,
+        "primary": PRIMARY,
+        "max_ratio": POSITIVE,
+        "epsilon": AT_LEAST_0,
+    },
     "aligned_mtl": {"scale_mode": CHOICE, "preference": PREFERENCE},
     "and_mask": {"threshold": UNIT},
     "bloop": {
@@ -81,6 +87,11 @@ METHODS = {
         "decay": DECAY,
         "energy_decay": DECAY,
     },
+    "epo": {
+        "preference": PREFERENCE,
+        "tolerance": AT_LEAST_0,
+        "min_losses": FINITE,
+    },
     "excess_mtl": {"num_tasks": COUNT, "eta": AT_LEAST_0, "warmup_steps": COUNT},
     "fairgrad": {
         "alpha": AT_LEAST_0,
@@ -89,6 +100,7 @@ METHODS = {
     },
     "famo": {"num_tasks": COUNT, "gamma": AT_LEAST_0, "min_losses": FINITE},
     "fedmgda": {"epsilon": UNIT, "preference": PREFERENCE},
+    "ferero": {"num_tasks": COUNT, "preference": PREFERENCE, "gamma": AT_LEAST_0},
     "gcond": {
         "num_tasks": COUNT,
         "thresholds": [(-2, 0, 0), (0, -0.5, 0)],
@@ -103,7 +115,12 @@ METHODS = {
     },
     "geometric_median": {"num_iters": COUNT_FROM_0},
     "gls": {"min_losses": FINITE},
-    "graddrop": {"leak": UNIT, "keep": [0.5, None], "key": KEY},
+    "graddrop": {
+        "leak": UNIT,
+        "keep": [0.5, None],
+        "sum_batch": FLAG,
+        "key": KEY,
+    },
     "go4align": {
         "num_tasks": COUNT,
         "num_groups": COUNT,
@@ -149,7 +166,15 @@ METHODS = {
         "min_losses": FINITE,
     },
     "linear": {"weights": PREFERENCE},
+    "loss_balancer": {
+        "num_tasks": COUNT,
+        "preference": PREFERENCE,
+        "norm": POSITIVE,
+        "decay": DECAY,
+        "per_example": FLAG,
+    },
     "m_config": {"num_tasks": COUNT, "b1": DECAY, "b2": DECAY, "eps": AT_LEAST_0},
+    "lr_annealing": {"num_tasks": COUNT, "primary": [*PRIMARY, 2], "decay": DECAY},
     "mean": {},
     "metabalance": {
         "num_tasks": COUNT,
@@ -177,6 +202,10 @@ METHODS = {
     },
     "modo": {"num_tasks": COUNT, "gamma": AT_LEAST_0, "rho": AT_LEAST_0},
     "nash_mtl": {"max_norm": optional(LIMIT), "preference": PREFERENCE},
+    "pareto_mtl": {
+        "preference": PREFERENCE,
+        "others": optional(AT_LEAST_0),
+    },
     "pbi": {"theta": AT_LEAST_0, "preference": PREFERENCE, "reference": FINITE},
     "pcd": {"num_tasks": COUNT, "tau": UNIT, "primary": [*PRIMARY, 2], "decay": DECAY},
     "pcgrad": {"key": KEY, "order": CHOICE, "unprojected": [0.5, *optional(UNIT)]},

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import optax_mtl
 
@@ -71,3 +72,25 @@ def test_imtl_at_equal_weights_of_losses_is_imtl_g():
         np.testing.assert_allclose(update, expected, rtol=1e-4)
         found[strict] = gradients @ update
     assert np.all(found[False] > 0) and np.all(found[True] < 0)
+
+
+@pytest.mark.parametrize("k", [1, 3], ids=["CR-MOGM", "PSMGD"])
+def test_smoothed_weights_now_and_then(k):
+    """Of MGDA for two tasks, whose weights have a closed form, in NumPy."""
+    batches = np.random.default_rng(0).normal(size=(8, 2, 4)).astype(np.float32)
+    smooth = optax_mtl.smooth_weights(optax_mtl.mgda(), 2, decay=0.7)
+    method = optax_mtl.update_every(smooth, k, 2)
+
+    @jax.jit
+    def run(batches):
+        step = lambda state, g: method.update(g, state)[::-1]
+        return jax.lax.scan(step, method.init(jnp.zeros(4)), batches)[1]
+
+    weights = None
+    for number, (g, update) in enumerate(zip(batches, np.asarray(run(batches)))):
+        if number % k == 0:
+            across = g[1] - g[0]
+            first = np.clip(g[1] @ across / (across @ across), 0, 1)
+            new = np.array([first, 1 - first])
+            weights = new if weights is None else 0.7 * weights + 0.3 * new
+        np.testing.assert_allclose(update, weights @ g, rtol=1e-4, atol=1e-5)

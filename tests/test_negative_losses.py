@@ -16,10 +16,12 @@ ABOVE = NEGATIVE - BOUNDS  # 3, 1.5 and 0.5.
 
 # Their own objectives give losses of either sign a meaning.
 OF_EITHER_SIGN = ("cosmos", "group_dro", "pbi", "slaw", "v_rex")
+# These hold the losses near a ray, with weights of either sign.
+NEAR_A_RAY = ("ferero", "pareto_mtl")
 CASES = {
     name: (name, {})
     for name, entry in optax_mtl.METHODS.items()
-    if "losses" in entry.reads and name not in OF_EITHER_SIGN
+    if "losses" in entry.reads and name not in OF_EITHER_SIGN + NEAR_A_RAY
 } | {
     "log_losses": ("log_losses", {}),
     "mgda by loss": ("mgda", {"normalization": "loss"}),
@@ -88,7 +90,8 @@ def test_a_loss_at_its_bound_counts_as_absent(case):
     at_bound, absent = ([NEGATIVE, [1.5, x, 2], [1, -1, 1]] for x in (BOUNDS[1], 0))
     found = weights(at_bound, case, bounded=True)
     np.testing.assert_array_equal(found, weights(absent, case, bounded=True))
-    assert (found[1] == 0).tolist() == [False, True, False]
+    # Of the others, one at least has a weight: those of a linear program are few.
+    assert found[1, 1] == 0 and (found[1] > 0).any()
 
 
 SOFTMAX = lambda x: np.exp(x) / np.exp(x).sum()

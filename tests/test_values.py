@@ -223,6 +223,32 @@ ROWS = [
     # Equal norms, since all gradients of log losses are scaled to the largest.
     Row("db_mtl", {"beta": 0.0}, EYE3, update=[2, 2, 2], losses=LOSSES3),
     Row("db_mtl", {"beta": 0.9}, EYE3, update=[0.2, 0.2, 0.2], losses=LOSSES3),
+    Row(
+        "loss_balancer",
+        {"preference": [1.0, 2.0, 3.0]},
+        J3,
+        np.array([1, 2, 3]) / 6 / NORMS3,
+        source="shares over norms",
+    ),
+    # VQGAN's, by its formula.
+    Row("adaptive_weight", {"epsilon": 1e-4}, J2, [1, 0.688236]),
+    Row(
+        "adaptive_weight",
+        {"weight": [0.5, 1.0, 2.0], "primary": 2},
+        J3,
+        [0.5 * 2.5 / 11**0.5, 2.5 / 6**0.5, 1],
+        source="norms",
+    ),
+    Row("adaptive_weight", {"max_ratio": 0.5, "weight": 3.0}, J2, [1, 1.5]),
+    Row(
+        "lr_annealing",
+        {"primary": 1, "decay": 0.5},
+        J3,
+        update=(1 + 2 * 4 / 5) / 2 * np.array(J3[0])
+        + np.array(J3[1])
+        + (1 + 2 * 4 / 4.5) / 2 * np.array(J3[2]),
+        source="largest entry 2, sums of magnitudes 5 and 4.5, of 4 entries",
+    ),
     Row("gls", {}, EYE3, [1 / 6, 2 / 3, 1 / 3], losses=LOSSES3),
     Row("scale_invariant", {}, EYE3, [0.5, 2, 1], losses=LOSSES3),
     Row("stch", {"reference": [1.0, 1, 2]}, EYE3, [1, 1, 0.5], losses=LOSSES3),

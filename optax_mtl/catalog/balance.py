@@ -11,6 +11,8 @@ from optax_mtl.methods.balance import (
     imtl,
     imtl_g,
     inverse_norm,
+    loss_balancer,
+    lr_annealing,
     nash_mtl,
     pivrg,
     sam_gs,
@@ -156,5 +158,30 @@ ROWS: dict[str, Entry] = {
         reads="gram",
         scale="own",
         promises="symmetric rotates never_conflicts stationary agrees ignores_absent",
+    ),
+    "loss_balancer": row(
+        loss_balancer.loss_balancer,
+        (
+            "High Fidelity Neural Audio Compression",
+            "TMLR 2023",
+            "https://arxiv.org/abs/2210.13438",
+        ),
+        reads="gram",
+        scale="own",
+        state="tasks",
+        promises="symmetric rotates scale_free agrees ignores_absent",
+    ),
+    "lr_annealing": row(
+        lr_annealing.lr_annealing,
+        (
+            "Understanding and Mitigating Gradient Flow Pathologies in"
+            " Physics-Informed Neural Networks",
+            "SISC 2021",
+            "https://arxiv.org/abs/2001.04536",
+        ),
+        reads="gradients",
+        scale="own",
+        state="tasks",
+        promises="scales agrees",
     ),
 }

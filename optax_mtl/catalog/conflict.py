@@ -6,7 +6,9 @@ from optax_mtl.methods.conflict import (
     cagrad,
     config,
     dualproj,
+    epo,
     fedmgda,
+    ferero,
     gcond,
     graddrop,
     gradvac,
@@ -16,6 +18,7 @@ from optax_mtl.methods.conflict import (
     mmpareto,
     moco,
     modo,
+    pareto_mtl,
     pcgrad,
     sdmgrad,
     upgrad,
@@ -229,5 +232,42 @@ ROWS: dict[str, Entry] = {
         reads="gram",
         scale="own",
         promises="symmetric rotates scale_free agrees ignores_absent",
+    ),
+    "pareto_mtl": row(
+        pareto_mtl.pareto_mtl,
+        (
+            "Pareto Multi-Task Learning",
+            "NeurIPS 2019",
+            "https://arxiv.org/abs/1912.12854",
+        ),
+        reads="gram losses",
+        scale="own",
+        state="tasks",
+        promises="symmetric rotates scales ignores_absent",
+    ),
+    "epo": row(
+        epo.epo,
+        (
+            "Multi-Task Learning with User Preferences: Gradient Descent with"
+            " Controlled Ascent in Pareto Optimization",
+            "ICML 2020",
+            "https://proceedings.mlr.press/v119/mahapatra20a.html",
+        ),
+        reads="gram losses",
+        scale="mean",
+        promises="rotates scales agrees ignores_absent",
+    ),
+    "ferero": row(
+        ferero.ferero,
+        (
+            "FERERO: A Flexible Framework for Preference-Guided Multi-Objective"
+            " Learning",
+            "NeurIPS 2024",
+            "https://arxiv.org/abs/2412.01773",
+        ),
+        reads="gram losses",
+        scale="own",
+        state="tasks",
+        promises="symmetric rotates ignores_absent",
     ),
 }

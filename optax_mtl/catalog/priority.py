@@ -2,6 +2,7 @@
 
 from optax_mtl.catalog.entry import Entry, row
 from optax_mtl.methods.priority import (
+    adaptive_weight,
     bloop,
     cosine_gating,
     dynamic_barrier,
@@ -82,5 +83,16 @@ ROWS: dict[str, Entry] = {
         reads="gram",
         scale="sum",
         promises="rotates scales linear_in_scales agrees ignores_absent",
+    ),
+    "adaptive_weight": row(
+        adaptive_weight.adaptive_weight,
+        (
+            "Taming Transformers for High-Resolution Image Synthesis",
+            "CVPR 2021",
+            "https://arxiv.org/abs/2012.09841",
+        ),
+        reads="gram",
+        scale="sum",
+        promises="rotates scales agrees",
     ),
 }

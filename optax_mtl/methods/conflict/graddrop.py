@@ -22,6 +22,7 @@ def graddrop(
     *,
     leak: names.PerTask = 0.0,
     keep: Callable[[jax.Array], jax.Array] = lambda purity: purity,
+    sum_batch: bool = False,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient sign dropout (GradDrop): just pick a sign, in each coordinate.
@@ -38,17 +39,31 @@ def graddrop(
     the identity for :math:`f` the expectation of :math:`d` is
     :math:`\sum_i g_i`.
 
+    The paper does so at the shared features :math:`z`, for all examples :math:`b` of a
+    batch alike: purities and signs are those of
+
+    .. math::
+
+      \bar g_i = \sum_b \operatorname{sign}(z_b) \, g_{i b},
+
+    and what is kept of a feature is kept in every example.
+
     Args:
       leak: :math:`\ell`, the share of a gradient that is always kept, between 0 and 1,
         one for all tasks, shape ``(T,)`` or a dict by name.
       keep: :math:`f`, from purities to probabilities.
+      sum_batch: whether to do as the paper: the parameters are features, as in
+        :func:`~optax_mtl.value_and_grad_at_features` and
+        :func:`~optax_mtl.split_tasks`, with a leading axis of examples.
       key: seed or typed random key.
 
     Returns:
       A gradient transformation that aggregates stacked updates.
 
     Raises:
-      ValueError: for a ``leak`` outside 0 to 1 or of another length than T.
+      ValueError: for a ``leak`` outside 0 to 1 or of another length than T; with
+        ``sum_batch``, at the update, for features without an axis.
+      TypeError: with ``sum_batch``, at an update without the features as parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -63,18 +78,29 @@ def graddrop(
       [ 2. -6.  3.]
       [ 2. -6.  3.]
 
+      At the features of a batch of two, where one task of the two is kept:
+
+      >>> features = jnp.array([[1.0], [-1.0]])  # Sums: 3 - 1 > 0 and -4 + 1 < 0.
+      >>> updates = jnp.array([[[3.0], [1.0]], [[-4.0], [-1.0]]])
+      >>> method = optax_mtl.graddrop(sum_batch=True)
+      >>> update, _ = method.update(updates, method.init(features), features)
+      >>> print(update[:, 0])
+      [3. 1.]
+
     References:
       Chen et al, `Just Pick a Sign: Optimizing Deep Multitask Models with Gradient
       Sign Dropout <https://arxiv.org/abs/2010.06808>`_, NeurIPS 2020
 
     .. note::
-      The paper resolves gradients at the shared features. To do so, give this
-      method to :func:`~optax_mtl.value_and_grad_at_features`. Some code rescales the
-      result to a norm; here none.
+      Without ``sum_batch`` there is a coin for each parameter, or for each example and
+      feature, which is another method than the paper's. As in the authors' code, a
+      feature whose sum is exactly 0, such as one that is 0 in all examples, is kept;
+      that code also rescales the result to a norm; here none.
     """
     arguments.check_range("leak", leak, "[0, 1]")
     arguments.check_key(key)
     arguments.check_function("keep", keep)
+    arguments.check_choice("sum_batch", sum_batch, (True, False))
 
     def init_fn(params):
         del params
@@ -88,9 +114,13 @@ def graddrop(
         leaks = arguments.for_each_task("leak", leak, num_tasks)
         next_key, _ = jax.random.split(arguments.key_of(state.key, key))
         leaves, structure = jax.tree.flatten(updates)
+        features = _features(params, leaves) if sum_batch else [None] * len(leaves)
         # Words in the state: those of a new key would be computed in every leaf.
         random = lambda number: lambda like: _uniform(state.key, number, like)
-        dropped = [_drop_signs(x, random(i), leaks, keep) for i, x in enumerate(leaves)]
+        dropped = [
+            _drop_signs(x, z, random(i), leaks, keep)
+            for i, (x, z) in enumerate(zip(leaves, features))
+        ]
         new_updates = jax.tree.unflatten(structure, dropped)
         new_state = base.keep_if(
             base.all_finite(new_updates),
@@ -102,15 +132,37 @@ def graddrop(
     return base.from_coordinates(init_fn, update_fn)
 
 
-def _drop_signs(x, random, leaks, keep):
+def _features(params, leaves):
+    """The features that the gradients are taken of."""
+    if params is None:
+        raise TypeError(
+            "graddrop(sum_batch=True) reads the features that the gradients are taken"
+            " of: call update(updates, state, features)"
+        )
+    if any(x.ndim < 2 for x in leaves):
+        raise ValueError(
+            "graddrop(sum_batch=True) takes the leading axis of each parameter for that"
+            f" of the examples, but the parameters have shapes"
+            f" {[jnp.shape(x)[1:] for x in leaves]}: it is for features, as in"
+            " optax_mtl.value_and_grad_at_features"
+        )
+    return jax.tree.leaves(params)
+
+
+def _drop_signs(x, features, random, leaks, keep):
     accurate = jnp.promote_types(x.dtype, jnp.float32)
     g = coordinates.each(lambda g: g.astype(accurate), x)
-    size = coordinates.reduce(jnp.add, coordinates.each(jnp.abs, g))
-    total = coordinates.reduce(jnp.add, g)
+    signed = g
+    if features is not None:
+        signs = jnp.sign(features).astype(accurate)
+        signed = coordinates.each(lambda g: jnp.sum(signs * g, 0, keepdims=True), g)
+    size = coordinates.reduce(jnp.add, coordinates.each(jnp.abs, signed))
+    total = coordinates.reduce(jnp.add, signed)
     purity = (1 + total / jnp.where(size == 0, 1, size)) / 2
     positive = keep(purity) > random(purity)
-    leave = lambda leak, g: jnp.where((g > 0) == positive, g, leak * g)
-    left = coordinates.each(leave, leaks.astype(accurate), g)
+    kept = lambda s: ((s > 0) == positive) | (s == 0)
+    leave = lambda leak, s, g: jnp.where(kept(s), g, leak * g)
+    left = coordinates.each(leave, leaks.astype(accurate), signed, g)
     out = coordinates.reduce(jnp.add, left)
     # What is not finite is not dropped: the step is to be skipped.
     return jnp.where(jnp.isfinite(size), out, jnp.nan).astype(x.dtype)

@@ -1,6 +1,6 @@
 """Multi-objective gradient descent with double sampling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,6 +109,8 @@ def from_two_batches(
     init_fn: Callable[[], Any],
     step: Callable[..., tuple[jax.Array, Any]],
     num_tasks: int,
+    *,
+    reads: Sequence[str] = ("gram",),
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method that reads two batches: :func:`base.from_state` with both.
 
@@ -117,28 +119,35 @@ def from_two_batches(
       step: maps the state and the Gram matrix of one batch, ``(T, T)``, or of both
         together, ``(2 T, 2 T)``, to weights of shape ``(T,)`` and the next state.
       num_tasks: number of tasks, T.
+      reads: as in :func:`base.from_state`. The losses, shape ``(T,)``, are one vector
+        for both batches.
 
     Returns:
       A gradient transformation that aggregates stacked updates, or the average of
       two if it gets the extra argument ``second_updates``.
     """
 
-    def both_step(state, gram):
-        weights, state = step(state, gram)
+    def both_step(state, gram, **losses):
+        first = jax.tree.map(lambda x: x[:num_tasks], losses)
+        weights, state = step(state, gram, **first)
         return jnp.concatenate([weights, weights]) / 2, state
 
-    one = base.from_state(init_fn, step, num_tasks, reads=["gram"])
-    two = base.from_state(init_fn, both_step, 2 * num_tasks, reads=["gram"])
+    one = base.from_state(init_fn, step, num_tasks, reads=reads)
+    two = base.from_state(init_fn, both_step, 2 * num_tasks, reads=reads)
 
-    def update(updates, state, params=None, *, second_updates=None, **extra_args):
+    def update(
+        updates, state, params=None, *, second_updates=None, losses=None, **extra_args
+    ):
         if second_updates is None:
-            return one.update(updates, state, params, **extra_args)
+            return one.update(updates, state, params, losses=losses, **extra_args)
         for batch in (updates, second_updates):
             if tasks.check_stacked(batch, params, num_tasks) is None:
                 return updates, state
         join = lambda first, second: jnp.concatenate([first, second])
         both = jax.tree.map(join, updates, second_updates)
-        return two.update(both, state, params, **extra_args)
+        if "losses" in reads:
+            losses = jnp.tile(tasks.stack_losses(losses, num_tasks), 2)
+        return two.update(both, state, params, losses=losses, **extra_args)
 
     return optax.GradientTransformationExtraArgs(one.init, update)
 
