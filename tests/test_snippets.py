@@ -229,6 +229,15 @@ def chain_of_all(code):
     assert optax_mtl.recorded(state).seen.max() == 1
 
 
+def by_hand(code):
+    """The weights of MGDA sum to 1, and the update is that of the method."""
+    names = run(code)
+    np.testing.assert_allclose(names["weights"].sum(), 1, rtol=1e-5)
+    expected, _ = optax_mtl.mgda().update(names["grads"], ())
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, names["update"], expected)
+
+
 def own_pcgrad(code):
     tx = optax.chain(optax_mtl.pcgrad(), optax.sgd(0.1))
     updates = run(code, tx=tx, state=tx.init(PARAMS))["updates"]
@@ -461,7 +470,7 @@ CHECKS = {
         kauldron_step,
     ],
     "docs/gradients.md": [whole_chain],
-    "docs/index.md": [two_lines],
+    "docs/index.md": [two_lines, by_hand],
     "docs/own_method.md": [own_method, own_method_tried],
     "docs/recipes.md": [missing_labels, balanced_first, sharded_transformer, freezing],
     "docs/what_a_method_sees.md": [routed_heads],
