@@ -142,7 +142,7 @@ def simplex_lp(
       mask: entries that may be positive, of shape (T,); all by default.
 
     Returns:
-      Weights that are not negative and sum to one, of shape (T,): a vertex. Where more
+      Weights that are not negative and sum to one, of shape (T,), a vertex. Where more
       than one is optimal, which one it is depends on their order. If no weights
       meet all constraints, the best among those that violate them least, relative to
       the largest entries of the rows.
