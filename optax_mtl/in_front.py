@@ -110,9 +110,9 @@ def reweigh(
       [1. 1.]
 
     .. note::
-      Whether the weighted gradients are finite decides if the state of the method is kept, so
-      that they are measured in every step if it has one: in front of a method that
-      reads losses alone this costs T backward passes.
+      Whether the weighted gradients are finite decides if the state of the method is
+      kept, so that they are measured in every step if it has one: in front of a method
+      that reads losses alone this costs T backward passes.
     """
     method = arguments.as_transformation("method", method)
 

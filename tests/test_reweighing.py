@@ -241,7 +241,7 @@ def test_wrong_groups_of_losses(kind):
 
 
 def test_groups_of_losses_without_names():
-    with pytest.raises(TypeError, match="losses is .*, expected a dict"):
+    with pytest.raises(TypeError, match=r"losses is .*, expected a dict"):
         optax_mtl.group_losses(jnp.ones(3), {"x": [0, 1, 2]})
 
 
