@@ -117,7 +117,6 @@ def reweigh(
     method = arguments.as_transformation("method", method)
 
     def update(updates, state, params=None, **extra_args):
-        del params
         count = tasks.check_stacked(updates, gram_suffices=True)
         if count is None:
             return updates, state
@@ -125,7 +124,7 @@ def reweigh(
         if has_state and isinstance(updates, tasks.GramView):
             updates = updates.measured()
         weights, _, new_state = weigh(
-            "reweigh", method, count, updates, state, **extra_args
+            "reweigh", method, count, updates, state, params, **extra_args
         )
         out = tasks.scale_tasks(weights, updates)
         if has_state:

@@ -1,6 +1,5 @@
 """Measures of conflict, out of a Gram matrix."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -261,7 +260,7 @@ def _update_of(
     _check_gram(gram, name)
     count = len(gram)
     weights = jnp.ones(count) if weights is None else weights
-    if isinstance(weights, Mapping) or np.shape(weights) != (count,):
+    if np.shape(weights) != (count,):
         raise ValueError(
             f"weights are {weights!r}, expected one for each task, shape ({count},)"
         )

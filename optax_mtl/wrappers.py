@@ -48,7 +48,7 @@ def fix_weights(
       much as all of its tasks together.
     """
     method = arguments.as_transformation("method", method)
-    if isinstance(weights, str) or not hasattr(weights, "__len__"):
+    if not hasattr(weights, "__len__"):
         raise TypeError(
             f"weights are {weights!r}, expected a dict from the names of tasks to their"
             " weights, or a list of one entry for each task"
@@ -135,8 +135,11 @@ def no_state_of_parameters(wrapper, method):
         ) from error
 
 
-def weigh(wrapper, method, count, updates, state, **extra_args):
-    """The weights of a method, which tasks are present, and its new state."""
+def weigh(wrapper, method, count, updates, state, params=None, **extra_args):
+    """The weights of a method, which tasks are present, and its new state.
+
+    With parameters, the gradients count as read by a method if it measures them.
+    """
 
     def call(compute, state):
         with weights_alone(wrapper), no_state_of_parameters(wrapper, method):
@@ -151,6 +154,7 @@ def weigh(wrapper, method, count, updates, state, **extra_args):
     jax.eval_shape(lambda state: call(probe, state), state)
     exists = jnp.ones(count, bool)
     if asked:
+        tasks.check_stacked(updates, params, gram_suffices=True)
         gram = tasks.gram(updates)
         exists = tasks.present(gram)
     elif extra_args.get("losses") is not None:
