@@ -128,8 +128,8 @@ def from_state(
 
     Returns:
       A gradient transformation that aggregates stacked updates. Where what it
-      read is not finite, the weights are NaN; where the update is not, the state
-      stays as it was.
+      read is not finite, or the state would not be any more, the weights are NaN;
+      where the update is not finite, the state stays as it was.
     """
 
     arguments.check_function("init_fn", init_fn)
@@ -168,6 +168,7 @@ def from_state(
             weights, new_state = _weights_and_state(
                 step(state, **(measured or {"count": count})), state, count
             )
+        finite &= stays_finite(new_state, state)
         # Whoever reads no gradients learns here alone that they are not finite.
         update = tasks.combine(jnp.where(finite, weights, jnp.nan), updates)
         return update, keep_if(all_finite(update), new_state, state)
@@ -385,6 +386,16 @@ def all_finite(tree: Any) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.inexact)
     ]
     return tasks.sum_leaves(failed) == 0 if failed else jnp.array(True)
+
+
+def stays_finite(new_state: Any, old_state: Any) -> jax.Array:
+    """Whether all that is finite in a state still is in the next, a scalar."""
+    lost = [
+        jnp.any(jnp.isfinite(old) & ~jnp.isfinite(new))
+        for new, old in zip(jax.tree.leaves(new_state), jax.tree.leaves(old_state))
+        if jnp.issubdtype(old.dtype, jnp.inexact)
+    ]
+    return ~jnp.any(jnp.stack(lost)) if lost else jnp.array(True)
 
 
 def keep_if(condition: jax.Array, new_state: Any, old_state: Any) -> Any:

@@ -110,14 +110,13 @@ def reweigh(
       [1. 1.]
 
     .. note::
-      Whether the gradients are finite decides if the state of the method is kept, so
-      that they are measured in every step if it has one: in front of a method that
-      reads losses alone this costs T backward passes.
+      Whether the weighted gradients are finite decides if the state of the method is
+      kept, so that they are measured in every step if it has one: in front of a method
+      that reads losses alone this costs T backward passes.
     """
     method = arguments.as_transformation("method", method)
 
     def update(updates, state, params=None, **extra_args):
-        del params
         count = tasks.check_stacked(updates, gram_suffices=True)
         if count is None:
             return updates, state
@@ -125,12 +124,13 @@ def reweigh(
         if has_state and isinstance(updates, tasks.GramView):
             updates = updates.measured()
         weights, _, new_state = weigh(
-            "reweigh", method, count, updates, state, **extra_args
+            "reweigh", method, count, updates, state, params, **extra_args
         )
+        out = tasks.scale_tasks(weights, updates)
         if has_state:
-            finite = base.all_finite((weights, tasks.squared_norms(updates)))
+            finite = base.all_finite((weights, tasks.squared_norms(out)))
             new_state = base.keep_if(finite, new_state, state)
-        return tasks.scale_tasks(weights, updates), new_state
+        return out, new_state
 
     return optax.GradientTransformationExtraArgs(method.init, update)
 

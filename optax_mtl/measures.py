@@ -204,6 +204,9 @@ def dominance(gram: jax.Array, weights: jax.Array | None = None) -> jax.Array:
       Array of shape ``(T,)`` that sums to 1: negative for a task that the update works
       against, and 0 for all where the update vanishes.
 
+    Raises:
+      ValueError: for a number of weights other than T.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
@@ -211,8 +214,8 @@ def dominance(gram: jax.Array, weights: jax.Array | None = None) -> jax.Array:
       >>> print(jnp.array_str(optax_mtl.dominance(gram), precision=2))
       [ 1.2 -0.2]
     """
-    products, norm2 = _update_of(gram, weights, "dominance")
-    shares = products if weights is None else weights * products
+    weights, products, norm2 = _update_of(gram, weights, "dominance")
+    shares = weights * products
     return jnp.where(norm2 > 0, shares / jnp.where(norm2 > 0, norm2, 1), 0)
 
 
@@ -232,6 +235,9 @@ def update_cosines(gram: jax.Array, weights: jax.Array | None = None) -> jax.Arr
       Array of shape ``(T,)``: negative for a task whose loss the update raises, and 0
       for an absent task or an update that vanishes.
 
+    Raises:
+      ValueError: for a number of weights other than T.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax_mtl
@@ -242,20 +248,25 @@ def update_cosines(gram: jax.Array, weights: jax.Array | None = None) -> jax.Arr
       >>> print(jnp.array_str(optax_mtl.update_cosines(gram, weights), precision=2))
       [0.24 0.51]
     """
-    products, norm2 = _update_of(gram, weights, "update_cosines")
+    _, products, norm2 = _update_of(gram, weights, "update_cosines")
     lengths = jnp.sqrt(jnp.diagonal(gram) / _scale(gram) * norm2)
     return jnp.where(lengths > 0, products / jnp.where(lengths > 0, lengths, 1), 0)
 
 
 def _update_of(
     gram: jax.Array, weights: jax.Array | None, name: str
-) -> tuple[jax.Array, jax.Array]:
-    """Inner products with the update, and its squared norm; 0 if it is rounding."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weights, inner products with the update, its squared norm; 0 if rounding."""
     _check_gram(gram, name)
-    weights = jnp.ones(len(gram)) if weights is None else weights
-    gram = gram / _scale(gram)
+    count = len(gram)
+    weights = jnp.ones(count) if weights is None else weights
+    if np.shape(weights) != (count,):
+        raise ValueError(
+            f"weights are {weights!r}, expected one for each task, shape ({count},)"
+        )
+    weights, gram = jnp.asarray(weights), gram / _scale(gram)
     norm2, noise = solvers.combined_norm2(gram, weights)
-    return gram @ weights, jnp.where(norm2 > noise, norm2, 0)
+    return weights, gram @ weights, jnp.where(norm2 > noise, norm2, 0)
 
 
 def _scale(gram: jax.Array) -> jax.Array:

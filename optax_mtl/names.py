@@ -184,7 +184,8 @@ def group_losses(
       The losses of the tasks, by name.
 
     Raises:
-      ValueError: for a loss in no task, in two or in none that exists.
+      TypeError: for losses without names.
+      ValueError: for a loss in no task or in two, and for one that does not exist.
 
     Examples:
       >>> import optax_mtl
@@ -193,17 +194,22 @@ def group_losses(
       >>> print(optax_mtl.group_losses(losses, groups))
       {'detection': 3.0, 'depth': 0.5}
     """
+    for name, value in {"losses": losses, "groups": groups}.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} is {value!r}, expected a dict")
     for task, members in groups.items():
-        if isinstance(members, str) or not members:
+        is_list = isinstance(members, Collection) and not isinstance(members, str)
+        if not is_list or not members:
             raise ValueError(
                 f"groups has {members!r} for the task {task!r}, expected a list of"
                 " names of losses, one at least"
             )
     grouped = [name for members in groups.values() for name in members]
-    if sorted(grouped) != sorted(losses):
+    grouped, known = sorted(grouped, key=str), sorted(losses, key=str)
+    if grouped != known:
         raise ValueError(
-            f"groups holds {', '.join(map(repr, sorted(grouped)))}, but the losses are"
-            f" {', '.join(map(repr, sorted(losses)))}; each belongs to one task"
+            f"groups holds {', '.join(map(repr, grouped))}, but the losses are"
+            f" {', '.join(map(repr, known))}; each belongs to one task"
         )
     totals = {}
     for task, (first, *others) in groups.items():

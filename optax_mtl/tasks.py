@@ -395,9 +395,15 @@ def check_same_names(losses: Any, others: Any, name: str) -> None:
     """Refuses numbers by name that are those of other tasks than the losses.
 
     Raises:
-      ValueError: if both have names, and these differ.
+      ValueError: if both have names, and these differ, or if there are losses without
+        names, of which nobody knows which is which.
     """
     expected, found = names_of(losses), names_of(others)
+    if found and losses is not None and expected is None:
+        raise ValueError(
+            f"{name} have names, {', '.join(map(repr, found))}, but the losses have"
+            f" none: hand over both as a dict, or {name} in the order of the losses"
+        )
     if expected and found and expected != found:
         raise ValueError(
             f"{name} are those of the tasks {', '.join(map(repr, found))}, but the"

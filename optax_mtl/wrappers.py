@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_mtl import arguments, base, names, tasks
@@ -47,12 +48,19 @@ def fix_weights(
       much as all of its tasks together.
     """
     method = arguments.as_transformation("method", method)
+    if not hasattr(weights, "__len__"):
+        raise TypeError(
+            f"weights are {weights!r}, expected a dict from the names of tasks to their"
+            " weights, or a list of one entry for each task"
+        )
     is_fixed = [weight is not None for weight in weights]
     if not any(is_fixed):
         raise ValueError("weights fix none of the tasks: take the method without them")
     constant = [0 if weight is None else weight for weight in weights]
     for weight in constant:
         arguments.check_range("weights", weight, "(-inf, inf)")
+        if np.ndim(weight):
+            raise ValueError(f"weights hold {weight!r}, expected one number for a task")
 
     def update(updates, state, params=None, *, losses=None, **extra_args):
         count = tasks.check_stacked(updates, params, gram_suffices=True)
@@ -109,11 +117,32 @@ def weights_alone(wrapper):
         ) from error
 
 
-def weigh(wrapper, method, count, updates, state, **extra_args):
-    """The weights of a method, which tasks are present, and its new state."""
+@contextlib.contextmanager
+def no_state_of_parameters(wrapper, method):
+    """Says that an optimizer goes behind what hands it weights for gradients."""
+    try:
+        yield
+    except tasks.NeedsTaskGrads:
+        raise
+    except (TypeError, ValueError) as error:
+        shapes = [jax.eval_shape(method.init, jnp.zeros(n)) for n in (1, 2)]
+        if not tasks.differing_shapes(*shapes):
+            raise
+        raise TypeError(
+            f"{wrapper} works with the weights that a method makes, but what follows"
+            " the method in its chain has a state of the size of the parameters: put"
+            f" that after it, as in optax.chain({wrapper}(...), optax.adamw(1e-3))"
+        ) from error
+
+
+def weigh(wrapper, method, count, updates, state, params=None, **extra_args):
+    """The weights of a method, which tasks are present, and its new state.
+
+    With parameters, the gradients count as read by a method if it measures them.
+    """
 
     def call(compute, state):
-        with weights_alone(wrapper):
+        with weights_alone(wrapper), no_state_of_parameters(wrapper, method):
             return method.update(tasks.GramView(count, compute), state, **extra_args)
 
     asked = []
@@ -125,6 +154,7 @@ def weigh(wrapper, method, count, updates, state, **extra_args):
     jax.eval_shape(lambda state: call(probe, state), state)
     exists = jnp.ones(count, bool)
     if asked:
+        tasks.check_stacked(updates, params, gram_suffices=True)
         gram = tasks.gram(updates)
         exists = tasks.present(gram)
     elif extra_args.get("losses") is not None:
@@ -476,7 +506,7 @@ def with_sharded_parameters(
             return jax.lax.psum(gram(split), axis_name) + gram(whole)
 
         view = tasks.GramView(count, compute)
-        with weights_alone("with_sharded_parameters"):
+        with weights_alone(reader), no_state_of_parameters(reader, method):
             weights, new_state = method.update(view, state, **extra_args)
         out = tasks.combine(weights, updates)
         # All devices agree on the state, too.

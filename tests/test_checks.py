@@ -213,6 +213,7 @@ RIGHT = {
     "clipped after": optax.chain(METHOD, clip, ADAM),
     "changed one by one": optax.chain(optax.clip(1.0), optax.zero_nans(), CHAIN),
     "logarithms": optax.chain(optax_mtl.log_losses(), CHAIN),
+    "balanced": optax.chain(optax_mtl.reweigh(optax_mtl.loss_balancer(T)), CHAIN),
     "accumulated": optax_mtl.multi_steps(CHAIN, 2, T),
     "made conditional": optax_mtl.apply_if_finite(CHAIN, 5),
     "conditional after": optax.chain(METHOD, optax.apply_if_finite(ADAM, 5)),

@@ -100,3 +100,14 @@ def test_gradients_in_the_place_of_their_gram_matrix():
     view = optax_mtl.GramView(4, lambda: GRAMS[0])
     with pytest.raises(TypeError, match="conflicts_by_group reads the task gradients"):
         optax_mtl.conflicts_by_group(view)
+
+
+def test_weights_of_an_update():
+    """A list is as good as an array; another number of them, or a dict, is refused."""
+    for measure in (optax_mtl.dominance, optax_mtl.update_cosines):
+        weights = [1.0, 2.0, 0.5, 0.0]
+        found = measure(GRAMS[0], weights)
+        np.testing.assert_array_equal(found, measure(GRAMS[0], jnp.array(weights)))
+        for wrong in ([1.0, 2.0], dict(zip("abcd", weights)), 1.0):
+            with pytest.raises(ValueError, match=r"one for each task, shape \(4,\)"):
+                measure(GRAMS[0], wrong)

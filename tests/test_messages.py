@@ -184,6 +184,16 @@ MESSAGES = {
         lambda: upgrad().update(UPDATES, (), PARAMS | {"activation": jax.nn.relu}),
         "not those that the gradients were taken of; with Equinox.* eqx.filter",
     ),
+    "an optimizer of the weights that was not called": (
+        lambda: optax_mtl.famo(T, optimizer=optax.adam),
+        "optimizer is <function adam.* expected a gradient transformation: call",
+    ),
+    "names of the scores, and none of the losses": (
+        lambda: optax_mtl.pivrg().update(
+            UPDATES, (), losses=np.ones(T), scores={"a": 1.0, "b": 2.0, "c": 3.0}
+        ),
+        "scores have names, 'a', 'b', 'c', but the losses have none",
+    ),
     "no parameters for checked": (
         lambda: optax_mtl.checked(CHAIN).update(UPDATES, CHAIN.init(PARAMS)),
         r"update\(updates, state, params\)",

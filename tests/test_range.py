@@ -7,7 +7,15 @@ import optax
 import pytest
 
 import optax_mtl
-from tests.common import compiled, every_method, losses, params, run, stacked
+from tests.common import (
+    compiled,
+    compiled_fast,
+    every_method,
+    losses,
+    params,
+    run,
+    stacked,
+)
 
 # So many entries of float32 of a square are lost where it is smaller than the smallest
 # normal number; all entries of a gradient together have as many as this.
@@ -69,6 +77,23 @@ def test_beyond_the_range_nothing_moves(name, norm):
     assert finite(after)
     if not finite(update):
         assert equal(after, state)
+
+
+READ_LOSSES = [n for n, row in optax_mtl.METHODS.items() if "losses" in row.reads]
+
+
+@pytest.mark.parametrize("name", READ_LOSSES)
+def test_no_loss_is_too_large_for_a_state(name):
+    """Where a state squares losses and that overflows, nothing moves."""
+    method = optax_mtl.METHODS[name].make(3)
+    step = compiled_fast(lambda u, s, v: method.update(u, s, params(), losses=v))
+    _, state = step(scaled(1), method.init(params()), np.float32([1, 2, 3]))
+    for size in (1e20, 1e30, 1e38):
+        for large in ([1, size, 3], [size, size, size]):
+            update, after = step(scaled(1, seed=1), state, np.float32(large))
+            assert finite(after)
+            if not finite(update):
+                assert equal(after, state)
 
 
 WRAPPED = {

@@ -103,6 +103,39 @@ def test_reweigh_of_a_method_that_reads_gradients():
         chain.update(GRADIENTS[0], chain.init(jnp.zeros(SIZE)))
 
 
+def test_reweigh_does_not_move_with_weighted_gradients_that_are_too_large():
+    """Gradients of norm 1e18 fit, and 1e4 times as long they do not."""
+    weigh = optax_mtl.from_state(
+        lambda: jnp.zeros([], jnp.int32),
+        lambda state, count: (jnp.full(count, 1e4), state + 1),
+        reads=[],
+    )
+    chain = optax.chain(optax_mtl.reweigh(weigh), optax_mtl.mgda())
+    state = chain.init(jnp.zeros(SIZE))
+    large = jnp.asarray(GRADIENTS[0] / np.linalg.norm(GRADIENTS[0])) * 1e18
+    update, after = chain.update(large, state)
+    assert not jnp.isfinite(update).any() and after[0] == 0
+    update, after = chain.update(large * 1e-4, state)
+    assert jnp.isfinite(update).all() and after[0] == 1
+
+
+WORK_WITH_WEIGHTS = {
+    "reweigh": optax_mtl.reweigh,
+    "smooth_weights": lambda method: optax_mtl.smooth_weights(method, 2),
+    "update_every": lambda method: optax_mtl.update_every(method, 2, 2),
+    "record_conflicts": lambda method: optax_mtl.record_conflicts(2, method),
+}
+
+
+@pytest.mark.parametrize("wrapper", WORK_WITH_WEIGHTS)
+def test_an_optimizer_where_weights_are_made(wrapper):
+    chain = optax.chain(optax_mtl.mgda(), optax.adam(0.1))
+    tx, params = WORK_WITH_WEIGHTS[wrapper](chain), {"w": jnp.zeros(3)}
+    message = rf"state of the size of the parameters.*optax.chain\({wrapper}"
+    with pytest.raises(TypeError, match=message):
+        tx.update({"w": jnp.ones((2, 3))}, tx.init(params), params)
+
+
 # Products and losses, with a state and without; gradients themselves; a primary task.
 RESOLVED = [
     "cagrad",
@@ -175,6 +208,8 @@ WRONG = {
     "none fixed": ([None, None], "weights fix none of the tasks"),
     "too many": ([None, 1.0, 1.0], "weights have 3 entries.*each of the 2 tasks"),
     "not a number": ({"a": "much"}, "weights"),
+    "one number": (0.5, "weights are 0.5, expected a dict from the names of tasks"),
+    "many numbers for a task": ({"a": np.ones(2)}, "weights hold .*one number"),
 }
 
 
@@ -192,14 +227,22 @@ GROUPS = {
     "unknown": ({"x": ["a", "b", "d"]}, "each belongs to one task"),
     "a name for a list": ({"x": "abc"}, "groups has 'abc' for the task 'x'"),
     "an empty task": ({"x": ["a", "b", "c"], "y": []}, r"groups has \[\]"),
+    "read once": ({"x": (x for x in "abc")}, "expected a list of names"),
+    "numbers": ({"x": ["a", "b", 3]}, "groups holds 3, 'a', 'b', but the losses"),
+    "no names": ([["a", "b", "c"]], "groups is .*, expected a dict"),
 }
 
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_wrong_groups_of_losses(kind):
     groups, message = GROUPS[kind]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         optax_mtl.group_losses({"a": 1.0, "b": 2.0, "c": 3.0}, groups)
+
+
+def test_groups_of_losses_without_names():
+    with pytest.raises(TypeError, match=r"losses is .*, expected a dict"):
+        optax_mtl.group_losses(jnp.ones(3), {"x": [0, 1, 2]})
 
 
 def test_groups_of_losses_are_tasks():

@@ -63,6 +63,12 @@ def test_ties(double, density):
     compare(optax_mtl.ties(density), by_hand, double)
 
 
+def test_ties_keeps_one_entry_at_least():
+    """A share of less than 1e-4 entries is rounded up, too."""
+    merged, _ = optax_mtl.ties(density=1e-6).update(jnp.array([[1.0, -3, 2]]), ())
+    np.testing.assert_array_equal(merged, [0, -3, 0])
+
+
 def test_what_is_dropped():
     """A share of the entries, another in each step, and the others ten times larger."""
     updates, method = {"a": jnp.ones((2, 50, 40)), "b": jnp.ones((2, 3000))}, None

@@ -88,7 +88,9 @@ def gradnorm(
         "initial_losses", initial_losses, "(-inf, inf)", optional=True
     )
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")
-    optimizer = optax.adam(0.025, eps=1e-30) if optimizer is None else optimizer
+    optimizer = arguments.as_transformation(
+        "optimizer", optax.adam(0.025, eps=1e-30) if optimizer is None else optimizer
+    )
 
     def init_fn():
         weights = jnp.ones(num_tasks)

@@ -71,7 +71,9 @@ def imtl(
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_choice("strict_paper", strict_paper, (True, False))
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")
-    optimizer = optax.adam(0.025) if optimizer is None else optimizer
+    optimizer = arguments.as_transformation(
+        "optimizer", optax.adam(0.025) if optimizer is None else optimizer
+    )
 
     def step(state, gram, losses):
         exists = tasks.present(gram) & (losses != 0)

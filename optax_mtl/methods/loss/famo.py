@@ -88,7 +88,9 @@ def famo(
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_range("gamma", gamma, "[0, inf)")
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")
-    optimizer = optax.adam(0.025) if optimizer is None else optimizer
+    optimizer = arguments.as_transformation(
+        "optimizer", optax.adam(0.025) if optimizer is None else optimizer
+    )
 
     def init_fn():
         logits = jnp.zeros(num_tasks)

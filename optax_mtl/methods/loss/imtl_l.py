@@ -67,7 +67,9 @@ def imtl_l(
     """
     arguments.check_count("num_tasks", num_tasks)
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")
-    optimizer = optax.adam(0.025) if optimizer is None else optimizer
+    optimizer = arguments.as_transformation(
+        "optimizer", optax.adam(0.025) if optimizer is None else optimizer
+    )
 
     def step(state, losses):
         exists = losses != 0

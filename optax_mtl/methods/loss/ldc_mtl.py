@@ -86,7 +86,9 @@ def ldc_mtl(
     arguments.check_choice("transform", transform, ("none", "log"))
     arguments.check_range("initial", initial, "(-inf, inf)")
     arguments.check_range("min_losses", min_losses, "(-inf, inf)")
-    inner = optax.adam(1e-3) if optimizer is None else optimizer
+    inner = arguments.as_transformation(
+        "optimizer", optax.adam(1e-3) if optimizer is None else optimizer
+    )
 
     def init_fn():
         # In a buffer of its own, whoever holds the initial ones.

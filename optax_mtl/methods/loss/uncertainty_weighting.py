@@ -92,7 +92,9 @@ def uncertainty_weighting(
             f" each of the {num_tasks}"
         )
     a, b = np.array([FORMS[f] for f in forms]).T
-    inner = optax.adam(0.025) if optimizer is None else optimizer
+    inner = arguments.as_transformation(
+        "optimizer", optax.adam(0.025) if optimizer is None else optimizer
+    )
 
     def init_fn():
         # In a buffer of its own, whoever holds the initial ones.

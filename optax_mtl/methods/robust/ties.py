@@ -94,8 +94,9 @@ def _levels(updates, density, accurate):
     gather what is sharded.
     """
     leaves = jax.tree.leaves(updates)
-    # Not one more by a rounding error.
-    number = jnp.ceil(density * sum(x[0].size for x in leaves) - 1e-4)
+    # Not one more by a rounding error, but one at least.
+    size = sum(x[0].size for x in leaves)
+    number = jnp.maximum(jnp.ceil(density * size - 1e-4), 1)
     magnitudes = [_magnitude(x, accurate) for x in leaves]
     whole = magnitudes[0].dtype
 
