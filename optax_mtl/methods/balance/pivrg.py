@@ -88,11 +88,7 @@ def pivrg(
 
         return base.from_gram(weights_fn).update(updates, state, params, **extra_args)
 
-    def init_fn(params):
-        del params
-        return optax.EmptyState()
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def pivrg_weights(

@@ -71,10 +71,6 @@ def masked_mean(
       A gradient transformation that aggregates stacked updates.
     """
 
-    def init_fn(params):
-        del params
-        return optax.EmptyState()
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if tasks.check_stacked(updates, params) is None:
@@ -83,7 +79,7 @@ def masked_mean(
         mask = lambda x: _masked_mean(x, exists, threshold, mask_fn)
         return jax.tree.map(mask, updates), state
 
-    return base.from_coordinates(init_fn, update_fn)
+    return base.from_coordinates(optax.init_empty_state, update_fn)
 
 
 def _masked_mean(x, exists, threshold, mask_fn):

@@ -30,10 +30,6 @@ def coordinate_median() -> optax.GradientTransformationExtraArgs:
       Rates <https://arxiv.org/abs/1803.01498>`_, ICML 2018
     """
 
-    def init_fn(params):
-        del params
-        return optax.EmptyState()
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         num_tasks = tasks.check_stacked(updates, params)
@@ -43,4 +39,4 @@ def coordinate_median() -> optax.GradientTransformationExtraArgs:
         method = trimmed_mean.trimmed_mean((num_tasks - 1) // 2)
         return method.update(updates, state, params)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

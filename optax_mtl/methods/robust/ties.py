@@ -65,10 +65,6 @@ def ties(
     """
     arguments.check_range("density", density, "(0, 1]")
 
-    def init_fn(params):
-        del params
-        return optax.EmptyState()
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if tasks.check_stacked(updates, params) is None:
@@ -78,7 +74,7 @@ def ties(
         merge = lambda x: _merge(x, levels, accurate)
         return jax.tree.map(merge, updates), state
 
-    return base.from_coordinates(init_fn, update_fn)
+    return base.from_coordinates(optax.init_empty_state, update_fn)
 
 
 def _magnitude(x, accurate):

@@ -47,10 +47,6 @@ def trimmed_mean(
     """
     arguments.check_count("num_trimmed", num_trimmed, least=0, optional=True)
 
-    def init_fn(params):
-        del params
-        return optax.EmptyState()
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         num_tasks = tasks.check_stacked(updates, params)
@@ -67,7 +63,7 @@ def trimmed_mean(
         trim = lambda x: _trimmed_mean(x, exists, at_most)
         return jax.tree.map(trim, updates), state
 
-    return base.from_coordinates(init_fn, update_fn)
+    return base.from_coordinates(optax.init_empty_state, update_fn)
 
 
 def _trimmed_mean(x, exists, num_trimmed):
