@@ -7,6 +7,7 @@ python -m docs.run_notebooks see_your_conflicts
 import argparse
 import base64
 import io
+import os
 import pathlib
 import time
 
@@ -22,7 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
-    for name in parser.parse_args().names or known:
+    names = parser.parse_args().names or known
+    os.environ["PYTHONPATH"] = str(NOTEBOOKS.parent)  # This checkout's library.
+    for name in names:
         start = time.perf_counter()
         notebook = jupytext.read(NOTEBOOKS / f"{name}.py")
         nbclient.NotebookClient(

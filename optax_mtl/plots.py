@@ -214,7 +214,9 @@ def trade_off(
         ax.errorbar(*means[i], **bars, capsize=2, linestyle="", **style)
     ax.set(xlabel=metrics[0], ylabel=metrics[1])
     for metric, axis in enumerate("xy"):
-        _scale(ax, axis, runs[..., metric])
+        shown = runs[..., metric].ravel()
+        others = [] if static is None else static[:, metric]
+        _scale(ax, axis, np.concatenate([shown, others]))
     ax.legend(fontsize="x-small")
     return ax
 
