@@ -194,6 +194,12 @@ MESSAGES = {
         ),
         "scores have names, 'a', 'b', 'c', but the losses have none",
     ),
+    "a second batch that is not stacked": (
+        lambda: optax_mtl.modo(T).update(
+            UPDATES, optax_mtl.modo(T).init(PARAMS), PARAMS, second_updates=PARAMS
+        ),
+        r"expected the gradients of T tasks(.|\n)*about the second_updates",
+    ),
     "no parameters for checked": (
         lambda: optax_mtl.checked(CHAIN).update(UPDATES, CHAIN.init(PARAMS)),
         r"update\(updates, state, params\)",

@@ -140,9 +140,13 @@ def from_two_batches(
     ):
         if second_updates is None:
             return one.update(updates, state, params, losses=losses, **extra_args)
-        for batch in (updates, second_updates):
-            if tasks.check_stacked(batch, params, num_tasks) is None:
-                return updates, state
+        if tasks.check_stacked(updates, params, num_tasks) is None:
+            return updates, state
+        try:
+            tasks.check_stacked(second_updates, params, num_tasks)
+        except (TypeError, ValueError) as error:
+            error.add_note("This is about the second_updates.")
+            raise
         join = lambda first, second: jnp.concatenate([first, second])
         both = jax.tree.map(join, updates, second_updates)
         if "losses" in reads:
