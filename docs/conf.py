@@ -43,15 +43,15 @@ def write_pages(app):
     """A page for each family of methods, from its docstrings, and the gallery."""
     folder = HERE / "methods"
     folder.mkdir(exist_ok=True)
-    _write(folder / "table.md", catalog.as_markdown())
+    _write(folder / "table.md", _with_links(catalog.as_markdown()))
     for family in catalog.FAMILIES:
-        title, *rest = importlib.import_module(
-            f"optax_mtl.methods.{family}"
-        ).__doc__.splitlines()
+        text = importlib.import_module(f"optax_mtl.methods.{family}").__doc__
+        title, text = text.split(": ", 1)
         methods = [n for n, row in catalog.METHODS.items() if row.family == family]
         documented = "".join(f".. autofunction:: {name}\n\n" for name in methods)
         text = (
-            f"# {title}\n{' '.join(rest).strip()}\n\n{catalog.as_markdown(family)}\n\n"
+            f"# {title}\n\n{text[0].upper() + text[1:]}\n\n"
+            f"{_with_links(catalog.as_markdown(family))}\n\n"
             f"```{{eval-rst}}\n.. currentmodule:: optax_mtl\n\n{documented}```\n"
         )
         _write(folder / f"{family}.md", text)
@@ -69,6 +69,11 @@ def describe_fields(app, what, name, obj, options, lines):
 def skip_fields(app, what, name, obj, skip, options):
     """Whether to leave out a member: the fields are listed already."""
     return skip or type(obj).__name__ == "_tuplegetter"
+
+
+def _with_links(table):
+    """The table of the catalog, with links to where the methods are documented."""
+    return re.sub(r"^\| `(\w+)`", r"| {func}`~optax_mtl.\1`", table, flags=re.MULTILINE)
 
 
 def _write(path, text):

@@ -51,7 +51,7 @@ def as_markdown(family: str | None = None) -> str:
     yes = lambda condition: "yes" if condition else ""
     columns = (
         "method",
-        "family",
+        *(["family"] if family is None else []),
         "paper",
         "never conflicts",
         "scale-free",
@@ -68,7 +68,7 @@ def as_markdown(family: str | None = None) -> str:
         _, venue, address = entry.paper
         cells = (
             f"`{name}`",
-            entry.family,
+            *([entry.family] if family is None else []),
             f"[{venue}]({address})" if address else venue,
             yes("never_conflicts" in entry.promises),
             yes("scale_free" in entry.promises),
