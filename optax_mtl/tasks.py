@@ -399,7 +399,8 @@ def check_same_names(losses: Any, others: Any, name: str) -> None:
         names, of which nobody knows which is which.
     """
     expected, found = names_of(losses), names_of(others)
-    if found and losses is not None and expected is None:
+    several = any(np.ndim(x) for x in jax.tree.leaves(losses))  # Not that of one task.
+    if found and several and expected is None:
         raise ValueError(
             f"{name} have names, {', '.join(map(repr, found))}, but the losses have"
             f" none: hand over both as a dict, or {name} in the order of the losses"
