@@ -22,7 +22,7 @@ extensions = [
     "sphinx_design",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "methods/table.md"]
+exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_title = "optax_mtl"
 html_theme_options = {"repository_url": address.repository() or ""}
@@ -43,7 +43,6 @@ def write_pages(app):
     """A page for each family of methods, from its docstrings, and the gallery."""
     folder = HERE / "methods"
     folder.mkdir(exist_ok=True)
-    _write(folder / "table.md", _with_links(catalog.as_markdown()))
     for family in catalog.FAMILIES:
         text = importlib.import_module(f"optax_mtl.methods.{family}").__doc__
         title, text = text.split(": ", 1)

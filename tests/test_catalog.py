@@ -60,6 +60,12 @@ def test_readme_shows_the_table():
     assert table in README.read_text(), f"paste into README.md:\n\n{table}"
 
 
+def test_the_page_of_methods_shows_the_table():
+    table = catalog.as_markdown()
+    page = README.parent / "docs" / "methods.md"
+    assert table in page.read_text(), f"paste into docs/methods.md:\n\n{table}"
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match="did you mean 'cagrad'"):
         optax_mtl.get("cagard", 2)
