@@ -211,17 +211,25 @@ def preference_among_present(
         an average over the tasks that are present; ``None`` makes each entry 1.
     """
     exists = tasks.present(gram).astype(gram.dtype)
-    if preference is not None:
-        return exists * for_each_task("preference", preference, len(gram), gram.dtype)
-    if default_total is None:
-        return exists
-    return exists * (default_total / jnp.maximum(exists.sum(), 1))
+    return preference_where(preference, exists, default_total)
 
 
 def preference_of_losses(preference: jax.Array | None, losses: jax.Array) -> jax.Array:
     """The preference, by default equal shares of 1; 0 where the loss is exactly 0."""
-    exists = jnp.diag((losses != 0).astype(losses.dtype))
-    return preference_among_present(preference, exists, default_total=1.0)
+    exists = (losses != 0).astype(losses.dtype)
+    return preference_where(preference, exists, default_total=1.0)
+
+
+def preference_where(
+    preference: jax.Array | None, exists: jax.Array, default_total: float | None = None
+) -> jax.Array:
+    """As :func:`preference_among_present`, of 1 for a task that is present, else 0."""
+    if preference is not None:
+        count, dtype = len(exists), exists.dtype
+        return exists * for_each_task("preference", preference, count, dtype)
+    if default_total is None:
+        return exists
+    return exists * (default_total / jnp.maximum(exists.sum(), 1))
 
 
 def check_key(key: Any) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import report, solvers, tasks
+from optax_mtl import base, report, solvers, tasks
 from optax_mtl.labels import Labels, labels_of
 
 
@@ -214,9 +214,8 @@ def dominance(gram: jax.Array, weights: jax.Array | None = None) -> jax.Array:
       >>> print(jnp.array_str(optax_mtl.dominance(gram), precision=2))
       [ 1.2 -0.2]
     """
-    weights, products, norm2 = _update_of(gram, weights, "dominance")
-    shares = weights * products
-    return jnp.where(norm2 > 0, shares / jnp.where(norm2 > 0, norm2, 1), 0)
+    _, weights, products, norm2 = _update_of(gram, weights, "dominance")
+    return weights * products * base.reciprocal(norm2)
 
 
 def update_cosines(gram: jax.Array, weights: jax.Array | None = None) -> jax.Array:
@@ -248,15 +247,16 @@ def update_cosines(gram: jax.Array, weights: jax.Array | None = None) -> jax.Arr
       >>> print(jnp.array_str(optax_mtl.update_cosines(gram, weights), precision=2))
       [0.24 0.51]
     """
-    _, products, norm2 = _update_of(gram, weights, "update_cosines")
-    lengths = jnp.sqrt(jnp.diagonal(gram) / _scale(gram) * norm2)
-    return jnp.where(lengths > 0, products / jnp.where(lengths > 0, lengths, 1), 0)
+    gram, _, products, norm2 = _update_of(gram, weights, "update_cosines")
+    return products * base.reciprocal(jnp.sqrt(jnp.diagonal(gram) * norm2))
 
 
 def _update_of(
     gram: jax.Array, weights: jax.Array | None, name: str
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weights, inner products with the update, its squared norm; 0 if rounding."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gram matrix of unit trace, weights, inner products with the update and its
+    squared norm, 0 if that is rounding.
+    """
     _check_gram(gram, name)
     count = len(gram)
     weights = jnp.ones(count) if weights is None else weights
@@ -264,13 +264,9 @@ def _update_of(
         raise ValueError(
             f"weights are {weights!r}, expected one for each task, shape ({count},)"
         )
-    weights, gram = jnp.asarray(weights), gram / _scale(gram)
+    weights, (gram, _) = jnp.asarray(weights), solvers.normalize_gram(gram)
     norm2, noise = solvers.combined_norm2(gram, weights)
-    return weights, gram @ weights, jnp.where(norm2 > noise, norm2, 0)
-
-
-def _scale(gram: jax.Array) -> jax.Array:
-    return jnp.where(jnp.trace(gram) > 0, jnp.trace(gram), 1)
+    return gram, weights, gram @ weights, jnp.where(norm2 > noise, norm2, 0)
 
 
 def names_for(names: Any, num_tasks: int) -> tuple[str, ...]:

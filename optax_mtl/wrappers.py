@@ -77,15 +77,29 @@ def fix_weights(
             losses = tasks.unstack_losses(jnp.where(fixed, 0, vector), losses)
         extra_args["losses"] = losses
         values = jnp.stack([jnp.asarray(x, float) for x in constant])
-        if isinstance(updates, tasks.GramView):
-            view = _beside(updates, fixed, values)
+        is_view = isinstance(updates, tasks.GramView)
+        view = _beside(updates if is_view else _view(count, updates), fixed, values)
+        try:  # One pass to measure and one to combine, if that is enough.
             return method.update(view, state, params, **extra_args)
+        except tasks.NeedsTaskGrads:
+            if is_view:
+                raise
         rest = tasks.drop_tasks(~fixed, updates)
         out, new_state = method.update(rest, state, params, **extra_args)
         out = jax.tree.map(jnp.add, out, tasks.combine(values, updates))
         return out, base.keep_if(base.all_finite(out), new_state, state)
 
     return optax.GradientTransformationExtraArgs(method.init, update)
+
+
+def _view(count, updates, measured=None):
+    """Stacked gradients as a view, measured at all leaves or at some."""
+    return tasks.GramView(
+        count,
+        lambda: tasks.gram(updates if measured is None else measured),
+        lambda weights: tasks.combine(weights, updates),
+        lambda weights, keep: tasks.combine(weights, tasks.drop_tasks(keep, updates)),
+    )
 
 
 def _beside(
@@ -430,14 +444,7 @@ def measure_on(
                 "the mask of measure_on marks none of the parameters, so that there is"
                 " nothing to measure"
             )
-        view = tasks.GramView(
-            count,
-            lambda: tasks.gram(measured),
-            lambda weights: tasks.combine(weights, updates),
-            lambda weights, keep: tasks.combine(
-                weights, tasks.drop_tasks(keep, updates)
-            ),
-        )
+        view = _view(count, updates, measured)
         with weights_alone("measure_on"):
             return method.update(view, state, params, **extra_args)
 

@@ -60,6 +60,12 @@ def test_readme_shows_the_table():
     assert table in README.read_text(), f"paste into README.md:\n\n{table}"
 
 
+def test_how_to_choose_is_the_same_in_both_places():
+    page = README.parent / "docs" / "choose.md"
+    rows = page.read_text().split("| your situation |")[1].split("\n\n")[0]
+    assert rows in README.read_text(), "copy the table of docs/choose.md into README.md"
+
+
 def test_the_page_of_methods_shows_the_table():
     table = catalog.as_markdown()
     page = README.parent / "docs" / "methods.md"

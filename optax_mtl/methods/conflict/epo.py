@@ -79,8 +79,7 @@ def epo(
 
     def step(state, gram, losses):
         exists = tasks.present(gram) & (losses != 0)
-        identity = jnp.diag(exists.astype(gram.dtype))
-        r = arguments.preference_among_present(preference, identity)
+        r = arguments.preference_where(preference, exists.astype(gram.dtype))
         gram = jnp.where(jnp.outer(exists, exists), gram, 0)
         return epo_weights(gram, losses, r, tolerance), state
 

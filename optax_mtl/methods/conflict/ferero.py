@@ -91,8 +91,7 @@ def ferero(
     def step(state, gram, losses):
         cross, exists = split_batches(gram, num_tasks)
         exists = exists & (losses != 0)
-        identity = jnp.diag(exists.astype(gram.dtype))
-        ray = arguments.preference_among_present(preference, identity)
+        ray = arguments.preference_where(preference, exists.astype(gram.dtype))
         ray = ray * base.reciprocal(jnp.linalg.norm(ray))
         project = lambda v: jnp.where(exists, v - ray * (ray @ v), 0)
 

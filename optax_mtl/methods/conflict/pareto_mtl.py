@@ -76,8 +76,7 @@ def pareto_mtl(
 
     def step(state, gram, losses):
         exists = tasks.present(gram) & (losses != 0)
-        identity = jnp.diag(exists.astype(gram.dtype))
-        own = arguments.preference_among_present(preference, identity)
+        own = arguments.preference_where(preference, exists.astype(gram.dtype))
         given = jnp.eye(len(gram)) if others is None else others
         rest = _columns(jnp.asarray(given, gram.dtype), len(gram))
         normals, active = _active_constraints(losses, own, rest, exists)

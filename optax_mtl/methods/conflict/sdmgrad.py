@@ -83,8 +83,9 @@ def sdmgrad(
     def step(state, gram):
         two = len(gram) == 2 * num_tasks
         matrix, exists = split_batches(solvers.normalize_gram(gram)[0], num_tasks)
-        identity = jnp.diag(exists.astype(gram.dtype))
-        p = arguments.preference_among_present(preference, identity, default_total=1.0)
+        p = arguments.preference_where(
+            preference, exists.astype(gram.dtype), default_total=1.0
+        )
         if two:
             move = lambda w: sdmgrad_steps(matrix, w, regularization, p)
             weights, stored = move_on_simplex(state.weights, exists, move)
